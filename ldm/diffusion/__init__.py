@@ -1,0 +1,1 @@
+"""Diffusion mathematics: noise schedule, forward process, training loss, denoiser, guidance and samplers."""

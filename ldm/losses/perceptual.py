@@ -1,0 +1,112 @@
+"""LPIPS, the perceptual distance (Zhang et al. 2018, arXiv:1801.03924, eq. 1), version 0.1 on VGG16.
+
+Both pictures go through a VGG16 trunk; at five depths the features are scaled to unit length over the
+channels, their squared differences weighted by a learned head, averaged over the positions and summed over
+the depths. The network is frozen: it judges, it does not learn. Its weights are a file of the user's, made
+by `write_lpips`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ldm.weights.io import load_strict, load_weights, save_weights
+
+# Widths of the convolutions before each tap; between two taps the resolution is halved by max-pooling.
+WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+SHIFT = (-0.030, -0.088, -0.188)  # images in [-1, 1] to what the trunk was trained on, (x - SHIFT) / SCALE
+SCALE = (0.458, 0.448, 0.450)
+SMALLEST_IMAGE = 2 ** (len(WIDTHS) - 1)
+
+
+class LPIPS(nn.Module):
+    """The distance between pictures in [-1, 1]; use `load_lpips` for one with trained weights."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 3
+        self.blocks = nn.ModuleList()
+        for widths in WIDTHS:
+            convolutions = nn.ModuleList()
+            for width in widths:
+                convolutions.append(nn.Conv2d(channels, width, 3, padding=1))
+                channels = width
+            self.blocks.append(convolutions)
+        self.heads = nn.ParameterList(torch.zeros(widths[-1]) for widths in WIDTHS)
+        self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Iterator[Float[Tensor, "B C h w"]]:
+        """The activations at the five taps, each of unit length over the channels."""
+        h = (images - self.shift) / self.scale
+        for i, convolutions in enumerate(self.blocks):
+            if i > 0:
+                h = F.max_pool2d(h, 2)  # (B, C, h/2, w/2)
+            for convolution in convolutions:  # type: ignore[attr-defined]
+                h = F.relu(convolution(h))
+            # Without the clamp a dead position (all channels 0) has an infinite gradient.
+            length = h.float().square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
+            yield h.float() / (length + 1e-10)
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], others: Float[Tensor, "B 3 H W"]
+    ) -> Float[Tensor, " B"]:
+        """The distance of each pair, 0 for equal ones. Raises ValueError for images under 16 pixels."""
+        height, width = images.shape[-2:]
+        if min(height, width) < SMALLEST_IMAGE:
+            raise ValueError(
+                f"images of {width}x{height} are too small for LPIPS, which needs {SMALLEST_IMAGE} px"
+            )
+        distance = images.new_zeros(len(images), dtype=torch.float32)
+        for head, a, b in zip(self.heads, self.features(images), self.features(others), strict=True):
+            distance = distance + ((a - b).square() * head.view(-1, 1, 1)).sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+
+def load_lpips(path: str | Path) -> LPIPS:
+    """The network from a file that `write_lpips` made, frozen.
+
+    Raises FileNotFoundError, or ValueError for a damaged file or one of something else.
+    """
+    tensors, _ = load_weights(path)
+    network = LPIPS()
+    load_strict(network, tensors, str(path))
+    return network.requires_grad_(False).eval()
+
+
+def write_lpips(path: str | Path, vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor], trunk: str) -> None:
+    """Write the weights file of `load_lpips` from what others publish.
+
+    Args:
+        vgg: state dict of torchvision's `vgg16`; the classifier is left out.
+        heads: state dict of the linear heads in the package `lpips` (its `weights/v0.1/vgg.pth`).
+        trunk: what the trunk was trained on, "ImageNet" say; goes into the header.
+
+    With both packages installed and the ImageNet weights at hand:
+
+        folder = Path(lpips.__file__).parent
+        heads = torch.load(folder / "weights/v0.1/vgg.pth", "cpu", weights_only=True)
+        vgg = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
+        write_lpips("lpips_vgg16.safetensors", vgg, heads, "ImageNet")
+    """
+    tensors: dict[str, Tensor] = {}
+    position = 0  # in torchvision's list: convolution and ReLU take one place each, a pooling one
+    try:
+        for i, widths in enumerate(WIDTHS):
+            for j in range(len(widths)):
+                for kind in ("weight", "bias"):
+                    tensors[f"blocks.{i}.{j}.{kind}"] = vgg[f"features.{position}.{kind}"]
+                position += 2
+            position += 1
+            tensors[f"heads.{i}"] = heads[f"lin{i}.model.1.weight"].flatten()
+    except KeyError as error:
+        raise ValueError(f"no tensor {error} in the state dict of VGG16 or of the LPIPS heads") from error
+    load_strict(LPIPS(), tensors, "what was given to write_lpips")
+    save_weights(path, tensors, {"lpips": {"version": "0.1", "network": "vgg16", "trunk": trunk}})

@@ -1,0 +1,131 @@
+"""Building blocks of every network: residual block, up- and down-sampling, timestep embedding, zero init.
+
+Sources: Rombach et al. 2022 (arXiv:2112.10752), appendix E; Dhariwal & Nichol 2021 (arXiv:2105.05233) for the
+scale-shift norm and for resampling inside the residual block. The autoencoder uses the same residual block
+without a timestep.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set all parameters to zero: a branch that ends in `module` contributes nothing at first."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(
+    t: Shaped[Tensor, " B"], dim: int, max_period: float = 10_000.0
+) -> Float[Tensor, "B dim"]:
+    """Features `[cos(t f_i), sin(t f_i)]` with `f_i = max_period^(-i / (dim/2))`, in float32."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
+    angles = t.float()[:, None] * frequencies[None]
+    features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, 2 * half)
+    return F.pad(features, (0, dim - 2 * half))
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer MLP on top of the sinusoidal features; also the MLP of a conditioning vector."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, features: Float[Tensor, "B in_dim"]) -> Float[Tensor, "B out_dim"]:
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided 3x3 convolution.
+
+    The UNet pads by one pixel on every side; the autoencoder (`asymmetric`) on the right and bottom only.
+    """
+
+    def __init__(self, channels: int, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Double the resolution by nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class ResBlock(nn.Module):
+    """Twice GroupNorm, SiLU, convolution, with the timestep embedding in between; identity or 1x1 shortcut.
+
+    Args:
+        time_dim: width of the timestep embedding; None for the autoencoder, which has none.
+        scale_shift: the embedding scales and shifts the second norm (ADM) instead of being added before it.
+        resample: "up" or "down" resamples inside the block (ADM), both the branch and the shortcut.
+        eps: 1e-5 in the UNet, 1e-6 in the autoencoder, as in the original code.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_dim: int | None,
+        *,
+        groups: int = 32,
+        eps: float = 1e-5,
+        scale_shift: bool = False,
+        resample: str | None = None,
+        dropout: float = 0.0,
+        zero_last: bool = True,
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = resample
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, out_channels * (2 if scale_shift else 1)) if time_dim else None
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = zero_init(conv2) if zero_last else conv2
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], emb: Float[Tensor, "B time_dim"] | None = None
+    ) -> Float[Tensor, "B C2 H2 W2"]:
+        h = F.silu(self.norm1(x))
+        if self.resample == "up":
+            h, x = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (h, x))  # (B, C, 2H, 2W)
+        elif self.resample == "down":
+            h, x = (F.avg_pool2d(y, 2) for y in (h, x))  # (B, C, H/2, W/2)
+        h = self.conv1(h)
+        if self.time_proj is None:
+            h = self.norm2(h)
+        else:
+            assert emb is not None, "a residual block with a timestep needs its embedding"
+            projected = rearrange(self.time_proj(F.silu(emb)), "b c -> b c 1 1")
+            if self.scale_shift:
+                scale, shift = projected.chunk(2, dim=1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + projected)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))

@@ -1,0 +1,217 @@
+"""`ldm-sample evaluate`: do pictures show what their prompts say, and what does the autoencoder lose?
+
+A prompt names a concept and a style. Its picture and all training pictures are averaged down to 16x16 RGB;
+the picture is right where the nearest training picture shows the concept. Three numbers:
+
+    training captions    some training captions, nearest among the training pictures of the caption's style
+    held-out pairs       every concept-style pair kept from training (split "heldout_pair"), nearest among the
+                         training pictures of the other styles: nothing there was ever called by this caption
+    autoencoder PSNR     of the pictures kept from training (split "heldout_image"), from the posterior's mode
+
+Beside the share of right ones stand `chance`, that of a picture drawn blindly, and `real`, that of the
+caption's real picture: what the measure would say of a model that is never wrong.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.device import pick_dtype
+from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
+from ldm.seeding import generator
+from ldm.weights.folder import weights_hash
+from ldm.weights.io import write_atomically
+from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
+from sample.pipeline import Pipeline
+from sample.txt2img import versions
+
+COLUMNS = ("file_name", "text", "concept", "style", "split")
+SHOWN = 64  # pictures in the grid, each beside its nearest neighbour
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row of metadata.jsonl."""
+
+    file_name: str
+    text: str
+    concept: str
+    style: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How many pictures show what their prompt says; `right`, `chance` and `real` are shares in 0..1.
+
+    median_rank: how many training pictures, in the middle case, are nearer than the nearest right one.
+    """
+
+    count: int
+    right: float
+    chance: float
+    real: float
+    median_rank: float
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print a short table, write `evaluation.json` and a grid. Raises ValueError and OSError in
+    one line."""
+    if args.captions < 1:
+        raise ValueError(f"--captions must be at least 1, got {args.captions}")
+    out = output_folder(args.out)
+    rows = read_rows(Path(args.data).expanduser())
+    pipe = Pipeline.load(args.model, args.device, pick_dtype(args.dtype))
+    side = pipe.latent_shape()[1] * pipe.autoencoder.factor
+    images = read_images(Path(args.data).expanduser(), rows, side)
+    train = [i for i, row in enumerate(rows) if row.split == "train"]
+    pairs = [i for i, row in enumerate(rows) if row.split == "heldout_pair"]
+    heldout = [i for i, row in enumerate(rows) if row.split == "heldout_image"]
+    captions = pick(train, args.captions, args.seed)
+    results: dict[str, Any] = {"heldout_psnr": autoencoder_psnr(pipe, images[heldout]) if heldout else None}
+    shown: list[Image.Image] = []
+    for name, queries, same_style in (("train", captions, True), ("heldout_pair", pairs, False)):
+        if not queries:
+            results[name] = None
+            continue
+        samples = sample(pipe, [rows[i].text for i in queries], args)
+        fidelity, nearest = measure(rows, images, train, queries, samples, same_style)
+        results[name] = asdict(fidelity)
+        for picture, neighbour in zip(samples[:SHOWN], images[nearest[:SHOWN]], strict=True):
+            shown += to_pil(torch.stack([picture, neighbour]))
+    settings = {
+        **{key: value for key, value in vars(args).items() if key not in ("command", "debug", "out")},
+        "sampler": "ddim",
+        "device": pipe.device.type,
+        "size": [side, side],
+        "weights": weights_hash(pipe.folder) if pipe.folder else "",
+        "versions": versions(),
+    }
+    write_atomically(
+        out / "evaluation.json", json.dumps({"results": results, "settings": settings}, indent=2) + "\n"
+    )
+    print(table(results))
+    print(out / "evaluation.json")
+    print(save_new(grid(shown, columns=16), out, "evaluation-", 4, settings))
+
+
+def read_rows(folder: Path) -> list[Picture]:
+    """The rows of `folder/metadata.jsonl`. Raises FileNotFoundError, or ValueError with the line's number."""
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --data is a folder that `ldm-train prepare` made")
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            values = [row[column] for column in COLUMNS]
+        except (ValueError, KeyError, TypeError):
+            values = []
+        if not values or not all(isinstance(value, str) for value in values):
+            raise ValueError(
+                f"{path} line {number}: expected a JSON object with the texts {', '.join(COLUMNS)}"
+            )
+        rows.append(Picture(*values))
+    if not any(row.split == "train" for row in rows):
+        raise ValueError(f'{path}: no row has the split "train"')
+    return rows
+
+
+def read_images(folder: Path, rows: list[Picture], side: int) -> Tensor:
+    """The pictures (N, 3, side, side) in [-1, 1], cut to their centre squares as in training."""
+    return torch.stack([to_tensor(read_rgb(folder / row.file_name, side)) for row in rows])
+
+
+def pick(rows: list[int], count: int, seed: int) -> list[int]:
+    """`count` of `rows` (all, where there are fewer), drawn without replacement, in a random order."""
+    order = torch.randperm(len(rows), generator=generator(seed, "captions"))
+    return [rows[i] for i in order[:count].tolist()]
+
+
+def sample(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) -> Tensor:
+    """A picture a prompt (N, 3, H, W), with a progress bar."""
+    with tqdm(unit="step", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return pipe.txt2img(
+            prompts,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            batch=args.batch,
+            progress=progress,
+        )
+
+
+@torch.no_grad()
+def autoencoder_psnr(pipe: Pipeline, images: Tensor) -> float:
+    """PSNR in dB of encoding to the posterior's mode and decoding, mean over the pictures."""
+    weight = pipe.autoencoder.post_quant_conv.weight
+    values = []
+    for part in images.split(16):
+        decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(part.to(weight)).mode())
+        values.append(psnr(part, decoded.cpu()))
+    return float(torch.cat(values).mean())
+
+
+def measure(
+    rows: list[Picture],
+    images: Tensor,
+    train: list[int],
+    queries: list[int],
+    samples: Tensor,
+    same_style: bool,
+) -> tuple[Fidelity, list[int]]:
+    """Fidelity of `samples` to the rows `queries` that they were prompted by; and the row nearest to each.
+
+    The nearest is looked for among the rows `train` of the same style, or of all the others.
+    """
+    right = torch.tensor([[rows[i].concept == rows[q].concept for i in train] for q in queries])  # (Q, N)
+    allowed = torch.tensor([[(rows[i].style == rows[q].style) == same_style for i in train] for q in queries])
+    answerable = (right & allowed).any(dim=1)
+    if not answerable.all():
+        lost = rows[queries[int((~answerable).nonzero()[0])]]
+        raise ValueError(
+            f"{lost.file_name}: no training picture of its concept {lost.concept!r} to compare with"
+        )
+    candidates = thumbnails(images[train])
+    distance = distances(thumbnails(samples), candidates)
+    ranks = nearest_ranks(distance, allowed, right)
+    real = nearest_ranks(distances(thumbnails(images[queries]), candidates), allowed, right)
+    fidelity = Fidelity(
+        count=len(queries),
+        right=float((ranks == 0).float().mean()),
+        chance=float(((right & allowed).sum(dim=1) / allowed.sum(dim=1)).mean()),
+        real=float((real == 0).float().mean()),
+        median_rank=float(ranks.float().median()),
+    )
+    nearest = distance.masked_fill(~allowed, torch.inf).argmin(dim=1)
+    return fidelity, [train[i] for i in nearest.tolist()]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for reading."""
+    lines = [f"{'':20}{'right':>8}{'chance':>9}{'real':>8}{'pictures':>10}{'median rank':>13}"]
+    for name, title in (("train", "training captions"), ("heldout_pair", "held-out pairs")):
+        if (value := results[name]) is None:
+            lines.append(f"{title:20}{'none in the data':>24}")
+            continue
+        lines.append(
+            f"{title:20}{value['right']:8.1%}{value['chance']:9.2%}{value['real']:8.1%}"
+            f"{value['count']:10}{value['median_rank']:13.0f}"
+        )
+    value = results["heldout_psnr"]
+    lines.append(f"{'autoencoder PSNR':20}{'none in the data' if value is None else f'{value:.2f} dB':>24}")
+    return "\n".join(lines)

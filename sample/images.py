@@ -1,0 +1,174 @@
+"""Tensors to pictures and back: PNG files with their parameters in a text chunk, grids, and reading any
+picture."""
+
+import json
+import math
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+
+# --- tensors and pictures -----------------------------------------------------------------------------------
+
+
+def to_pil(images: Float[Tensor, "B C H W"]) -> list[Image.Image]:
+    """RGB pictures of images in [-1, 1] (clamped).
+
+    Raises ValueError where a value is not finite: never a silent black picture.
+    """
+    bad = [i for i, image in enumerate(images) if not bool(torch.isfinite(image).all())]
+    if bad:
+        raise ValueError(
+            f"picture {bad[0]} of {len(images)} holds NaN or infinite values; try --dtype float32"
+        )
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [
+        Image.fromarray(np.ascontiguousarray(row))
+        for row in rearrange(pixels, "b c h w -> b h w c").cpu().numpy()
+    ]
+
+
+def to_tensor(picture: Image.Image) -> Float[Tensor, "3 H W"]:
+    """An RGB picture as float32 in [-1, 1]; the inverse of `to_pil`."""
+    return rearrange(torch.from_numpy(np.array(picture)).float() / 127.5 - 1, "h w c -> c h w")
+
+
+def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side on white, nearly square unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
+    return sheet
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:
+    """Write a PNG atomically, over an older one; `parameters` go into the text chunk `ldm` as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    info = PngImagePlugin.PngInfo()
+    if parameters is not None:
+        info.add_itxt("ldm", json.dumps(parameters, ensure_ascii=False))
+    try:
+        picture.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_new(
+    picture: Image.Image, folder: Path, prefix: str, digits: int, parameters: dict[str, Any] | None = None
+) -> Path:
+    """Write `folder/{prefix}{number}.png` under the first number above all that are there; returns its path.
+
+    Never replaces a file, not even one of a command that writes to the same folder at the same time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.png")
+    taken = [int(match[1]) for name in os.listdir(folder) if (match := pattern.fullmatch(name))]
+    number = max(taken, default=-1) + 1
+    while True:
+        path = folder / f"{prefix}{number:0{digits}d}.png"
+        try:
+            with open(path, "xb"):  # claims the name, or fails where it exists
+                break
+        except FileExistsError:
+            number += 1
+    try:
+        save_png(picture, path, parameters)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters that `save_png` wrote. Raises ValueError where there are none."""
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {}).get("ldm")
+    if text is None:
+        raise ValueError(f"{path} carries no parameters of ours (PNG text chunk 'ldm')")
+    return json.loads(text)
+
+
+def save_grid(images: Float[Tensor, "B C H W"], path: Path, columns: int | None = None) -> None:
+    save_png(grid(to_pil(images), columns), path)
+
+
+def output_folder(path: str | Path) -> Path:
+    """`path` as a folder to write to, not made yet. Raises ValueError or PermissionError, before any work
+    is done."""
+    folder = Path(path).expanduser()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file; expected a folder to write to")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{existing}: this folder cannot be written to")
+    return folder
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_rgb(path: Path, square: int | None = None) -> Image.Image:
+    """Any picture file as 8-bit RGB, upright, transparency on white; of an animation the first frame.
+
+    square: cut to the centre square and resize it to this side (Lanczos). Raises ValueError, with the file's
+    name and what is wrong with it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns between one and two times its limit; nothing may be decoded above the limit.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image)
+                return to_rgb(upright) if square is None else square_rgb(upright, square)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image") from None
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: unreadable image ({reason:.100})") from None
+
+
+def square_rgb(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of a Pillow image as RGB of `size` x `size`."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # The square first: a strip of 1 x 50000 pixels must not become one of 64 x 3200000.
+    square = to_rgb(image.crop((left, top, left + side, top + side)))
+    return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: transparency on white, 16 bit scaled to 8.
+
+    Raises ValueError for floating-point and 32-bit pixels.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bit")
+    if image.mode.startswith("I"):  # 16-bit grey ("I;16", "I;16B", ...), in 32-bit form ("I") for some files
+        grey = np.asarray(image).astype(np.int64)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise ValueError("32-bit pixels have no fixed range; save it with 8 or 16 bit")
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")

@@ -1,0 +1,312 @@
+"""A model's parts together: prompts to pictures (Rombach et al. 2022, arXiv:2112.10752, figure 3).
+
+`Pipeline` holds a UNet, an autoencoder, a noise schedule and, where the model reads text, a text tower with
+its tokenizer. In the walk it is the one file between a command and the sampler: `stream` turns prompts into
+conditioning and noise, hands both to a sampler of `ldm/diffusion/samplers.py` and yields what that yields;
+`decode` makes pictures of the last step's latents.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ldm.config import to_dict
+from ldm.device import pick_device
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.process import to_sigma_scale
+from ldm.diffusion.samplers import Step, find_sampler
+from ldm.diffusion.schedule import DiffusionConfig, Schedule, sigma_grid
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.tokenizer import Tokenizer
+from ldm.models.unet import UNet, UNetConfig
+from ldm.seeding import generator
+from ldm.weights.folder import (
+    AUTOENCODER,
+    FILES,
+    TEXT_ENCODER,
+    UNET,
+    load_autoencoder,
+    load_text_encoder,
+    load_unet,
+    save_part,
+)
+
+SHIPPED = Path(__file__).parent / "models"
+
+
+class Pipeline:
+    """The parts of a text-to-image model, ready to sample.
+
+    unet, autoencoder, text_encoder and tokenizer (both None where the model reads no text), schedule,
+    device; folder is where it was loaded from, None for modules that were handed over.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        autoencoder: AutoencoderKL,
+        text_encoder: TextEncoder | None,
+        diffusion: DiffusionConfig,
+        *,
+        device: str | torch.device = "auto",
+    ):
+        """Take modules over as they are, in number format and in training or evaluation mode, to `device`.
+
+        Raises ValueError where the parts do not fit each other.
+        """
+        text = None if text_encoder is None else text_encoder.config
+        check_fit(unet.config, autoencoder.config, text)
+        self.device = pick_device(str(device))
+        self.unet = unet.to(self.device)
+        self.autoencoder = autoencoder.to(self.device)
+        self.text_encoder = None if text_encoder is None else text_encoder.to(self.device)
+        self.tokenizer = None if text is None else Tokenizer(text.context_length, text.padding)
+        self.schedule = Schedule(diffusion)
+        self.folder: Path | None = None
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path = "emoji", device: str = "auto", dtype: torch.dtype = torch.float32
+    ) -> "Pipeline":
+        """A model by its shipped name, its folder, or the folder of the training run that made it.
+
+        dtype: number format to compute in, whatever the files hold. Raises ValueError or FileNotFoundError,
+        in one line, as `find_model` and the readers of `ldm/weights/folder.py` do.
+        """
+        folder = find_model(name_or_path)
+        unet, diffusion = load_unet(folder)
+        text_encoder = load_text_encoder(folder) if reads_text(unet.config) else None
+        modules = (unet, load_autoencoder(folder), text_encoder)
+        for module in modules:
+            if module is not None:
+                module.requires_grad_(False).eval().to(dtype)
+        pipeline = cls(*modules, diffusion, device=device)
+        pipeline.folder = folder
+        return pipeline
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write a model folder, each file atomically. Raises ValueError where a weight overflows `dtype`."""
+        folder = Path(folder)
+        save_part(folder / AUTOENCODER, self.autoencoder, dtype)
+        if self.text_encoder is not None:
+            save_part(folder / TEXT_ENCODER, self.text_encoder, dtype)
+        save_part(folder / UNET, self.unet, dtype, diffusion=to_dict(self.schedule.config))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of (W, H) pixels; None is the size the model was trained on.
+
+        Raises ValueError, with the nearest legal size, where W or H is no positive multiple of what the two
+        networks together divide by.
+        """
+        channels, factor = self.autoencoder.config.z_channels, self.autoencoder.factor
+        if size is None:
+            return channels, self.unet.config.sample_size, self.unet.config.sample_size
+        unit = factor * self.unet.config.factor
+        if any(side < unit or side % unit for side in size):
+            nearest = "x".join(str(max(unit, round(side / unit) * unit)) for side in size)
+            raise ValueError(
+                f"size {size[0]}x{size[1]}: sides must be multiples of {unit}; the nearest is {nearest}"
+            )
+        return channels, size[1] // factor, size[0] // factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "N T D"]:
+        """Hidden states of each prompt; "" is the unconditional one. Equal prompts are encoded once.
+
+        Raises ValueError where the model reads no text.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(f"this model reads no text, so a prompt must be empty; got {max(prompts)!r}")
+        distinct = list(dict.fromkeys(prompts))
+        context = self.text_encoder(self.tokenizer(distinct).to(self.device))
+        return context[[distinct.index(prompt) for prompt in prompts]]
+
+    def conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the UNet is told besides x and t, by keyword: nothing where the model reads no text."""
+        unprompted = self.text_encoder is None and not any(prompts)
+        return {} if unprompted else {"context": self.encode_prompts(prompts)}
+
+    def noise(self, shape: tuple[int, ...], *keys: Sequence[int | str]) -> Float[Tensor, "B C h w"]:
+        """Standard normal noise, each picture from the CPU generator of its key: the same in any batch."""
+        return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys]).to(self.device)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str = "",
+        seed: int = 0,
+        first: int = 0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        guidance: float = 7.5,
+        size: tuple[int, int] | None = None,
+        eta: float | None = None,
+    ) -> Iterator[Step]:
+        """Sample one batch, a picture a prompt, and yield every step.
+
+        `decode(step.sample)` of the last one is the result. What happens between steps (progress, previews of
+        `step.denoised`, stopping) is up to the caller. Parameters and errors as in `txt2img`; prompts are
+        checked with the first step.
+        """
+        row = find_sampler(sampler)
+        sigmas = sigma_grid(self.schedule, row.spacing, steps)
+        shape = self.latent_shape(size)
+        images = range(first, first + len(prompts))
+        cond, uncond = self.conditioning(prompts), self.conditioning([negative] * len(prompts))
+        if not cond and math.isfinite(guidance):
+            guidance = 1  # the two predictions would be the same
+        trajectory = row.function(
+            classifier_free(Denoiser(self.unet, self.schedule, self.dtype), cond, uncond, guidance),
+            to_sigma_scale(self.noise(shape, *[(seed, "image", i) for i in images]), float(sigmas[0])),
+            sigmas,
+            noise=lambda step: self.noise(shape, *[(seed, "step", i, step) for i in images]),
+            **sampler_options(sampler, eta),
+        )
+        while True:
+            with torch.no_grad():  # not around the yield, which would reach into the caller's code
+                step = next(trajectory, None)
+            if step is None:
+                return
+            if not bool(torch.isfinite(step.x).all()):
+                raise ValueError(
+                    f"latents are not finite after step {step.index + 1} of {steps} (sampler {sampler}, "
+                    f"guidance {guidance:g}, {self.dtype}); try a lower guidance, or float32"
+                )
+            yield step
+
+    def txt2img(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative: str = "",
+        seed: int = 0,
+        first: int = 0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        guidance: float = 7.5,
+        size: tuple[int, int] | None = None,
+        batch: int = 4,
+        eta: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """A picture a prompt, in their order: float32 in [-1, 1] on the CPU. A prompt n times gives n of it.
+
+        Args:
+            negative: prompt to move away from, for all.
+            seed, first: picture i draws its noise as number `first + i` of `seed`, whatever `batch` is.
+            steps: network evaluations a picture, twice as many unless guidance is 0 or 1.
+            guidance: 1 is the prompt as trained, above 1 exaggerates it, 0 ignores and below 0 avoids it.
+            size: (W, H) in pixels; None is the size the model was trained on.
+            batch: pictures made at once.
+            eta: how much noise a sampler that has it adds; None is its own default.
+            progress: called after each step with (steps done, steps in all), over all batches.
+
+        Raises ValueError for no prompt, a prompt to a model that reads no text, batch below 1, an unknown
+        sampler, steps outside 1..T, an illegal size or eta, guidance that is not finite, and latents that
+        are not finite after a step.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        parts = batches(len(prompts), batch)
+        images = []
+        for done, part in enumerate(parts):
+            stream = self.stream(
+                prompts[part.start : part.stop],
+                negative=negative,
+                seed=seed,
+                first=first + part.start,
+                steps=steps,
+                sampler=sampler,
+                guidance=guidance,
+                size=size,
+                eta=eta,
+            )
+            for step in stream:
+                if progress is not None:
+                    progress(done * steps + step.index + 1, len(parts) * steps)
+            images.append(self.decode(step.sample))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Latents to images in [-1, 1], float32 on the CPU.
+
+        Raises ValueError where a value is not finite: never a silent black picture.
+        """
+        weight = self.autoencoder.post_quant_conv.weight
+        images = self.autoencoder.decode_latents(latents.to(weight.device, weight.dtype)).float().cpu()
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError(f"decoding in {weight.dtype} gave values that are not finite; try float32")
+        return images.clamp(-1, 1)
+
+
+def reads_text(config: UNetConfig) -> bool:
+    """Whether the UNet attends to a text: the ADM form has no cross-attention."""
+    return config.context_dim is not None and config.attention == "transformer"
+
+
+def check_fit(unet: UNetConfig, autoencoder: AutoencoderConfig, text: TextConfig | None) -> None:
+    """Raises ValueError where the parts are of different models, or the UNet needs more than a prompt."""
+    wanted = unet.context_dim if reads_text(unet) else None
+    given = None if text is None else text.width
+    if wanted != given:
+        raise ValueError(f"the UNet reads a context of width {wanted}, the text encoder gives {given}")
+    if not unet.in_channels == unet.out_channels == autoencoder.z_channels:
+        raise ValueError(
+            f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the autoencoder has "
+            f"{autoencoder.z_channels}; all three must be equal"
+        )
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The folder with the files of a model: of a shipped name, of a folder, or of a training run.
+
+    A shipped name wins over a folder of that name in the working folder, which is `./name`. Raises
+    FileNotFoundError, which lists the shipped names, or ValueError for a file.
+    """
+    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{UNET}"))
+    if str(name_or_path) in shipped:
+        return SHIPPED / str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise ValueError(f"model {path} is a file; expected the folder of a model, with {', '.join(FILES)}")
+    if not path.is_dir():
+        near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        names = ", ".join(shipped) or "none"
+        raise FileNotFoundError(
+            f"model {str(name_or_path)!r} is no shipped name and no folder; {hint}shipped: {names}"
+        )
+    run = path / "model"
+    return run if run.is_dir() and not any((path / name).is_file() for name in FILES) else path
+
+
+def sampler_options(sampler: str, eta: float | None) -> dict[str, float]:
+    """The options of a sampler beyond the common ones. Raises ValueError for an eta that it does not have."""
+    if eta is None:
+        return {}
+    if "eta" not in inspect.signature(find_sampler(sampler).function).parameters:
+        raise ValueError(f"sampler {sampler} has no eta")
+    return {"eta": eta}
+
+
+def batches(count: int, batch: int) -> list[range]:
+    """0..count-1 in runs of `batch`, the last maybe shorter. Raises ValueError where either is below 1."""
+    if count < 1 or batch < 1:
+        raise ValueError(
+            f"at least one picture and a batch of at least 1 are needed, got {count} and {batch}"
+        )
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]

@@ -1,0 +1,389 @@
+"""Samplers in closed form on Gaussian data, against each other in float64, and against diffusers.
+
+Gaussian data x0 ~ N(m, s^2) has the exact denoiser (s^2 x + sigma^2 m) / (s^2 + sigma^2), and the exact path
+x(sigma) = m + (x(sigma_T) - m) sqrt((s^2 + sigma^2) / (s^2 + sigma_T^2)).
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.process import alpha_bar_of, to_sigma_scale
+from ldm.diffusion.samplers import SAMPLERS, ddim, ddpm, euler, euler_ancestral, find_sampler
+from ldm.diffusion.schedule import SPACINGS, DiffusionConfig, Schedule, sigma_grid, timesteps
+
+MEAN, STD = 0.7, 0.5
+
+
+def exact_denoiser(x, sigma):
+    return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def network(x_t, t):
+    """A fixed random linear map of the channels, with a term of t."""
+    mix = 0.2 * draw(4, 4, seed=7, dtype=x_t.dtype)
+    return torch.einsum("oc,bchw->bohw", mix, x_t) + (t / 1000).to(x_t.dtype)[:, None, None, None]
+
+
+def seeded(x, seed=3):
+    """Noise of each step in the order of one generator, as diffusers draws it."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda index: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def last(steps):
+    *_, step = steps
+    return step
+
+
+# ---- against each other ----
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 27, 50])
+def test_ddim_is_euler(spacing, steps, prediction):
+    schedule = Schedule(DiffusionConfig(prediction=prediction))
+    denoise, sigmas = Denoiser(network, schedule), sigma_grid(schedule, spacing, steps)
+    x = to_sigma_scale(draw(2, 4, 8, 8), float(sigmas[0]))
+    pairs = zip(ddim(denoise, x, sigmas), euler(denoise, x, sigmas), strict=True)
+    for count, (a, b) in enumerate(pairs):
+        assert a.index == b.index == count and a.sigma == b.sigma == sigmas[count + 1]
+        assert_close(a.x, b.x, rtol=1e-12, atol=1e-12)
+        assert_close(a.denoised, b.denoised, rtol=1e-12, atol=1e-12)
+    assert count == steps - 1
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps"), [(s, n) for s in SPACINGS for n in (1, 2, 27)] + [("trailing", 1000)]
+)
+def test_ddpm_is_ancestral_euler(spacing, steps):
+    """And DDIM with eta = 1: all add the variance sigma_next^2 (sigma^2 - sigma_next^2) / sigma^2."""
+    schedule = Schedule(DiffusionConfig())
+    denoise, sigmas = Denoiser(network, schedule), sigma_grid(schedule, spacing, steps)
+    x = to_sigma_scale(draw(1, 4, 4, 4), float(sigmas[0]))
+    runs = zip(
+        ddpm(denoise, x, sigmas, noise=seeded(x)),
+        euler_ancestral(denoise, x, sigmas, noise=seeded(x)),
+        ddim(denoise, x, sigmas, noise=seeded(x), eta=1.0),
+        strict=True,
+    )
+    for a, b, c in runs:
+        # relative to the level: noise added at sigma 14 is what later steps take away again
+        assert_close(a.x, b.x, rtol=1e-12, atol=1e-12 * max(1.0, a.sigma))
+        assert_close(a.x, c.x, rtol=1e-12, atol=1e-12 * max(1.0, a.sigma))
+
+
+def test_eta_zero_is_deterministic():
+    sigmas = sigma_grid(Schedule(DiffusionConfig()), "trailing", 10)
+    x = to_sigma_scale(draw(1, 4, 4, 4), float(sigmas[0]))
+    expected = last(euler(exact_denoiser, x, sigmas)).x
+    assert_close(last(euler_ancestral(exact_denoiser, x, sigmas, eta=0)).x, expected, rtol=1e-12, atol=1e-12)
+    assert_close(last(ddim(exact_denoiser, x, sigmas, eta=0)).x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_variances_of_one_step():
+    """What a step adds, measured as its response to unit noise, is the paper's number."""
+    schedule = Schedule(DiffusionConfig())
+    sigma, sigma_next = schedule.sigmas[[800, 500]].tolist()
+    now, before = alpha_bar_of(sigma), alpha_bar_of(sigma_next)
+    grid, x = torch.tensor([sigma, sigma_next], dtype=torch.float64), draw(1, 4, 4, 4)
+
+    def end(sampler, unit, options):
+        return last(sampler(exact_denoiser, x, grid, noise=lambda _: unit * torch.ones_like(x), **options)).x
+
+    def response(sampler, **options):
+        return (end(sampler, 1.0, options) - end(sampler, 0.0, options)).mean().item()
+
+    beta_tilde = (1 - before) / (1 - now) * (1 - now / before)
+    assert_close(response(ddpm), math.sqrt(beta_tilde / before), rtol=1e-12, atol=0)
+    assert_close(response(ddim, eta=0.5), 0.5 * math.sqrt(beta_tilde / before), rtol=1e-12, atol=0)
+    sigma_up = math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2)
+    assert_close(response(euler_ancestral), sigma_up, rtol=1e-12, atol=0)
+    assert_close(response(euler_ancestral, eta=0.5), 0.5 * sigma_up, rtol=1e-12, atol=0)
+    assert_close(
+        response(euler_ancestral, eta=100.0), sigma_next, rtol=1e-12, atol=0
+    )  # never above the level
+
+
+# ---- closed form ----
+
+
+@pytest.mark.parametrize("sampler", [ddim, euler])
+def test_first_order_convergence(sampler):
+    schedule = Schedule(DiffusionConfig())
+    x = MEAN + 14.0 * draw(1, 1, 4, 4)
+    counts, errors = (16, 32, 64, 128, 256), []
+    for steps in counts:
+        sigmas = schedule.sigma(torch.linspace(999, 0, steps + 1, dtype=torch.float64))
+        low, high = (STD**2 + sigmas[[-1, 0]] ** 2).tolist()
+        exact = MEAN + (x - MEAN) * math.sqrt(low / high)
+        errors.append((last(sampler(exact_denoiser, x, sigmas)).x - exact).abs().max().item())
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert -1.1 < slope < -0.9, (slope, errors)
+    assert errors[-1] < 0.02  # of a start at 14
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("ddim", 250), ("euler", 250), ("ddpm", 500), ("euler_ancestral", 250)]
+)
+def test_marginals_of_gaussian_data(name, steps):
+    """Started from the exact marginal at sigma_T, mean and spread of the samples are those of the data."""
+    sigmas = sigma_grid(Schedule(DiffusionConfig()), "trailing", steps)
+    count = 20_000
+    x = MEAN + math.sqrt(STD**2 + float(sigmas[0]) ** 2) * draw(count, 1)
+    result = last(SAMPLERS[name].function(exact_denoiser, x, sigmas, noise=seeded(x))).x
+    assert_close(result.mean().item(), MEAN, rtol=0, atol=4 * STD / math.sqrt(count))
+    # sampling error of a standard deviation plus the bias of finitely many steps
+    assert_close(result.std().item(), STD, rtol=4 / math.sqrt(2 * count) + 5 / steps, atol=0)
+
+
+def test_one_step_from_noise_is_the_denoised_picture():
+    sigmas = torch.tensor([14.6, 0.0], dtype=torch.float64)
+    x = draw(2, 4, 4, 4)
+    for row in SAMPLERS.values():
+        step = last(row.function(exact_denoiser, x, sigmas, noise=None))  # the last step to 0 draws nothing
+        assert_close(step.x, exact_denoiser(x, 14.6), rtol=1e-12, atol=1e-12)
+        assert torch.equal(step.sample, step.x)
+
+
+# ---- against diffusers ----
+
+NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def run_diffusers(scheduler, x, scale_to, steps_seen):
+    """Their loop, in float64 where their scheduler allows it. x in their scale; returns every x."""
+    for t in scheduler.timesteps:
+        output = network(scale_to(scheduler, x, t), torch.as_tensor(t).reshape(1).float())
+        x = scheduler.step(output, t, x, **steps_seen).prev_sample
+        yield x
+
+
+def as_it_is(scheduler, x, t):
+    return x
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("spacing", "steps"), [("compvis", 50), ("leading", 27), ("trailing", 10)])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_equals_diffusers(spacing, steps, prediction, eta):
+    """Not "linspace": there their DDIM steps back by 1000 // steps and not to the timestep it visits next."""
+    from diffusers import DDIMScheduler
+
+    schedule = Schedule(DiffusionConfig(prediction=prediction))
+    compvis = spacing == "compvis"  # the settings that Stable Diffusion 1 and 2 ship with
+    other = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=NAMES[prediction],
+        clip_sample=False,
+        timestep_spacing="leading" if compvis else spacing,
+        steps_offset=int(compvis),
+        set_alpha_to_one=not compvis,
+    )
+    other.set_timesteps(steps)
+    assert other.timesteps.tolist() == timesteps(spacing, steps, 1000).tolist()
+    other.alphas_cumprod = schedule.alpha_bar  # their table is float32
+    other.final_alpha_cumprod = schedule.alpha_bar[0] if compvis else torch.tensor(1.0, dtype=torch.float64)
+    sigmas = sigma_grid(schedule, spacing, steps)
+    x_t = draw(2, 4, 8, 8)
+    generator = torch.Generator().manual_seed(3)
+    theirs = run_diffusers(other, x_t, as_it_is, {"eta": eta, "generator": generator})
+    x = to_sigma_scale(x_t, float(sigmas[0]))
+    ours = ddim(Denoiser(network, schedule), x, sigmas, noise=seeded(x), eta=eta)
+    for step, expected in zip(ours, theirs, strict=True):
+        assert_close(step.sample, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 27), ("trailing", 200), ("trailing", 9)])
+def test_ddpm_equals_diffusers(spacing, steps, prediction):
+    from diffusers import DDPMScheduler
+
+    schedule = Schedule(DiffusionConfig(prediction=prediction))
+    other = DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=NAMES[prediction],
+        clip_sample=False,
+        timestep_spacing=spacing,
+    )
+    other.set_timesteps(steps)
+    other.alphas_cumprod, other.one = schedule.alpha_bar, torch.tensor(1.0, dtype=torch.float64)
+    sigmas = sigma_grid(schedule, spacing, steps)
+    x_t = draw(1, 4, 4, 4)
+    theirs = run_diffusers(other, x_t, as_it_is, {"generator": torch.Generator().manual_seed(3)})
+    x = to_sigma_scale(x_t, float(sigmas[0]))
+    ours = ddpm(Denoiser(network, schedule), x, sigmas, noise=seeded(x))
+    for step, expected in zip(ours, theirs, strict=True):
+        assert_close(step.sample, expected, rtol=1e-11, atol=1e-9)  # they add noise of 1e-10 in the last step
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_terminal_snr"),
+    [("eps", False), ("v", False), ("x0", False), ("v", True), ("x0", True)],
+)
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 28), ("trailing", 20), ("leading", 30)])
+def test_euler_equals_diffusers(spacing, steps, prediction, zero_terminal_snr):
+    """In float32, as their Euler always computes."""
+    from diffusers import EulerDiscreteScheduler
+
+    schedule = Schedule(DiffusionConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
+    other = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=NAMES[prediction],
+        timestep_spacing=spacing,
+        rescale_betas_zero_snr=zero_terminal_snr,
+    )
+    other.set_timesteps(steps)
+    sigmas = sigma_grid(schedule, spacing, steps)
+    # zero terminal SNR: their rescale in float32 moves the last levels before the end by up to 2e-3
+    assert_close(other.sigmas.double(), sigmas, rtol=5e-3 if zero_terminal_snr else 2e-5, atol=0)
+    other.sigmas = sigmas.float()
+    x = to_sigma_scale(draw(2, 4, 8, 8, dtype=torch.float32), float(sigmas[0]))
+    theirs = run_diffusers(other, x, lambda scheduler, x, t: scheduler.scale_model_input(x, t), {})
+    for step, expected in zip(euler(Denoiser(network, schedule), x, sigmas), theirs, strict=True):
+        error = (step.x - expected).norm() / expected.norm()
+        assert error < 1e-5, (step.index, error)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_zero_terminal_snr_equals_diffusers(prediction):
+    """Their DDIM takes alpha_bar = 0 itself; our sigma of 4096 costs some 2^-12 of the starting noise."""
+    from diffusers import DDIMScheduler
+
+    schedule = Schedule(DiffusionConfig(prediction=prediction, zero_terminal_snr=True))
+    other = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=NAMES[prediction],
+        clip_sample=False,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    other.set_timesteps(20)
+    other.alphas_cumprod = schedule.alpha_bar
+    other.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    sigmas = sigma_grid(schedule, "trailing", 20)
+    x_t = draw(2, 4, 8, 8)
+    x = to_sigma_scale(x_t, float(sigmas[0]))
+    theirs = run_diffusers(other, x_t, as_it_is, {})
+    for step, expected in zip(ddim(Denoiser(network, schedule), x, sigmas), theirs, strict=True):
+        assert step.x.isfinite().all()
+        assert (step.sample - expected).norm() < 2**-11 * x_t.norm(), step.index
+
+
+# ---- contract ----
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batch_size_changes_no_picture(name):
+    """Noise of a picture comes from its own generator: alone, in fours, or in another order."""
+    schedule = Schedule(DiffusionConfig())
+
+    def elementwise(x_t, t):
+        return torch.tanh(x_t) + (t / 1000)[:, None, None, None]
+
+    def sample(indices):
+        sampler = find_sampler(name)
+        sigmas = sigma_grid(schedule, sampler.spacing, 6)
+        generators = [torch.Generator().manual_seed(100 + i) for i in indices]
+
+        def noise(_=None):
+            return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+
+        x = to_sigma_scale(noise(), float(sigmas[0]))
+        return last(sampler.function(Denoiser(elementwise, schedule), x, sigmas, noise=noise)).sample
+
+    together = sample([0, 1, 2, 3])
+    assert torch.equal(sample([3, 1]), together[[3, 1]])
+    for i in range(4):
+        assert torch.equal(sample([i])[0], together[i])
+
+
+@pytest.mark.parametrize(("name", "spacing"), [*zip(SAMPLERS, SPACINGS, strict=True), ("ddpm", "linspace")])
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 27, 999, 1000])
+def test_any_step_count_visits_its_timesteps(name, spacing, steps):
+    schedule = Schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    sigmas = sigma_grid(schedule, spacing, steps)
+    visited = []
+
+    def denoise(x, sigma):
+        visited.append(sigma)
+        return exact_denoiser(x, sigma)
+
+    x = to_sigma_scale(draw(1, 1), float(sigmas[0]))
+    step = last(SAMPLERS[name].function(denoise, x, sigmas, noise=lambda _: torch.ones(1, 1, dtype=x.dtype)))
+    assert (
+        schedule.t(torch.tensor(visited, dtype=torch.float64)).tolist()
+        == timesteps(spacing, steps, 1000).tolist()
+    )
+    assert step.index == steps - 1 and step.sigma == sigmas[-1] and step.x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_are_yielded_as_they_happen(name):
+    """A caller that stops early pays for what it saw; the given x is not written to."""
+    calls = []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        return exact_denoiser(x, sigma)
+
+    sigmas = torch.tensor([10.0, 5.0, 1.0, 0.0], dtype=torch.float64)
+    x = 10 * draw(1, 4, 4, 4)
+    kept = x.clone()
+    run = SAMPLERS[name].function(denoise, x, sigmas, noise=seeded(x))
+    assert calls == []
+    first = next(run)
+    assert calls == [10.0] and (first.index, first.sigma) == (0, 5.0)
+    assert_close(first.denoised, exact_denoiser(x, 10.0))
+    assert torch.equal(x, kept)
+    with pytest.raises(AttributeError):
+        first.x = x
+    assert_close(first.sample, first.x / math.sqrt(26), rtol=1e-12, atol=0)
+
+
+def test_table():
+    stochastic = {name for name, row in SAMPLERS.items() if row.stochastic}
+    assert stochastic == {"ddpm", "euler_ancestral"}
+    assert all(row.spacing in SPACINGS for row in SAMPLERS.values())
+    sigmas = torch.tensor([10.0, 5.0, 0.0], dtype=torch.float64)
+    for name, row in SAMPLERS.items():
+        run = row.function(exact_denoiser, draw(1, 4, 4, 4), sigmas)
+        if name in stochastic:
+            with pytest.raises(ValueError, match="this sampler draws noise"):
+                list(run)
+        else:
+            assert len(list(run)) == 2
+
+
+def test_unknown_sampler():
+    assert find_sampler("euler").function is euler
+    with pytest.raises(ValueError, match="unknown sampler 'eular': did you mean euler"):
+        find_sampler("eular")
+    with pytest.raises(ValueError, match="unknown sampler 'xyz': known: ddpm, ddim, euler, euler_ancestral"):
+        find_sampler("xyz")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "eta"), [(ddim, -0.1), (ddim, 1.1), (ddim, math.nan), (euler_ancestral, -1.0)]
+)
+def test_illegal_eta(sampler, eta):
+    sigmas = torch.tensor([10.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="eta must be"):
+        next(sampler(exact_denoiser, draw(1, 4, 4, 4), sigmas, eta=eta))

@@ -1,0 +1,333 @@
+"""The training loop, open from the top to the bottom, in the order things happen.
+
+A task (`tasks/`) brings the players (a set of parameters and its loss: one for a diffusion model, two for
+an autoencoder with a discriminator), a validation, a preview and what to export; the loop owns steps,
+optimisers, the moving average, checkpoints, resuming and reporting. Randomness is a function of (seed,
+step): a resumed run equals an uninterrupted one bit for bit.
+"""
+
+import math
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ldm.config import differences, from_dict, to_dict, to_yaml
+from ldm.device import DTYPES, pick_device
+from ldm.seeding import derive
+from ldm.weights.io import load_strict, write_atomically
+from train.ema import EMA
+from train.report import Reporter
+from train.state import load_newest_state, optimizer_tensors, restore_optimizer, save_state
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How to train, whatever is trained.
+
+    out: the run folder. steps: optimiser steps.
+    batch: images a step; it is split into `accumulate` equal parts.
+    lr: peak learning rate, reached after `warmup` steps, then "constant" or "cosine" to zero.
+    clip: largest norm of the gradient.
+    precision: of the forward pass (autocast); weights and optimiser stay float32.
+    log_every, validate_every, preview_every, checkpoint_every: in steps; 0 is never (the last step does all).
+    keep: how many states stay on disk.
+    """
+
+    out: str
+    steps: int = 1000
+    batch: int = 32
+    accumulate: int = 1
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    warmup: int = 100
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema_decay: float = 0.9999
+    seed: int = 0
+    precision: str = "float32"
+    device: str = "auto"
+    log_every: int = 50
+    validate_every: int = 1000
+    preview_every: int = 1000
+    checkpoint_every: int = 500
+    keep: int = 2
+
+    # May change at --resume: they say how a run is watched, not what it computes.
+    FREE = (
+        "run.out",
+        "run.log_every",
+        "run.validate_every",
+        "run.preview_every",
+        "run.checkpoint_every",
+        "run.keep",
+        "run.device",
+    )
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.accumulate < 1 or self.keep < 1:
+            raise ValueError(
+                f"run.steps {self.steps}, run.batch {self.batch}, run.accumulate {self.accumulate} "
+                f"and run.keep {self.keep} must be at least 1"
+            )
+        if self.batch % self.accumulate:
+            raise ValueError(f"run.batch {self.batch} must be a multiple of run.accumulate {self.accumulate}")
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ValueError(f"run.lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}")
+        if self.precision not in DTYPES:
+            raise ValueError(f"run.precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        if not self.lr > 0 or not self.clip > 0:
+            raise ValueError(f"run.lr {self.lr} and run.clip {self.clip} must be positive")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"run.betas must be two numbers in [0, 1), got {self.betas}")
+
+
+@dataclass
+class Player:
+    """Parameters that one optimiser moves, and their loss.
+
+    loss: `(step, part) -> (scalar, metrics)` of one part of the batch; steps are counted from 0.
+    averaged: whether the weights have a moving average. starts_at: the first step in which they move.
+    """
+
+    module: nn.Module
+    loss: Callable[[int, int], tuple[Tensor, dict[str, float]]]
+    averaged: bool = True
+    starts_at: int = 0
+    parameters: dict[str, nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the loop needs of a task; see `tasks/diffusion.py` for the plainest one."""
+
+    config: Any
+    players: Mapping[str, Player]
+
+    def validate(self) -> dict[str, float]: ...
+    def preview(self, path: Path) -> None: ...
+    def export(self, folder: Path) -> None: ...
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved. `signum` says by which signal."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def learning_rate(run: RunConfig, step: int) -> float:
+    """Linear warm-up over `run.warmup` steps, then constant or half a cosine down to zero at `run.steps`."""
+    if step < run.warmup:
+        return run.lr * (step + 1) / run.warmup
+    if run.lr_schedule == "constant":
+        return run.lr
+    done = (step - run.warmup) / max(run.steps - run.warmup, 1)
+    return run.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def prepare_folder(config: Any, resume: bool) -> Path:
+    """The run folder with `config.yaml`; refuses to mix runs."""
+    folder = Path(config.run.out)
+    if list((folder / "states").glob("*.safetensors")) and not resume:
+        raise ValueError(f"{folder} already holds a run; go on with --resume, or choose another run.out=")
+    if not resume:
+        write_atomically(folder / "config.yaml", to_yaml(config))
+    return folder
+
+
+def train(task: Task, resume: bool, command: str) -> Path:
+    """Train `task` to the end; returns the folder of the exported model.
+
+    Raises Interrupted after SIGINT or SIGTERM (state saved), ValueError for a loss or gradient that is not
+    finite or a resume that does not fit, FileNotFoundError where there is nothing to resume.
+    """
+    run: RunConfig = task.config.run
+    folder = prepare_folder(task.config, resume)
+    optimizers = {name: make_optimizer(player, run) for name, player in task.players.items()}
+    averaged = {name: player for name, player in task.players.items() if player.averaged}
+    emas = {name: EMA(player.parameters, run.ema_decay) for name, player in averaged.items()}
+    first, sums, notes = restore(task, optimizers, emas, folder) if resume else (0, {}, [])
+    with closing(Reporter(folder, run.steps, first, run.batch, sums)) as report, StopSignals() as stop:
+        for note in notes:
+            report.say(note)
+        for step in range(first, run.steps):
+            metrics: dict[str, float] = {}
+            for name, player in task.players.items():
+                if step >= player.starts_at:
+                    metrics |= move(name, player, optimizers[name], run, step)
+                    if name in emas:
+                        emas[name].update()
+            report.step(metrics)
+
+            # The state comes last: a run that goes on from it has the reports of this step behind it.
+            done, last = step + 1, step + 1 == run.steps
+            if last or due(done, run.log_every):
+                report.log(done, lr=learning_rate(run, step))
+            if last or due(done, run.validate_every):
+                with for_use(task, emas):
+                    report.write({"step": done, **task.validate()})
+            if last or due(done, run.preview_every):
+                with for_use(task, emas):
+                    task.preview(folder / "previews" / f"step-{done:08d}.png")
+            signum = stop.signum  # read once: a signal after the save waits for the next step
+            if last or due(done, run.checkpoint_every) or signum:
+                save(task, optimizers, emas, folder, done, report.sums)
+            if signum and not last:
+                message = f"stopped at step {done} of {run.steps}, saved; go on with: {command} --resume"
+                raise Interrupted(signum, message)
+    with for_use(task, emas):
+        task.export(folder / "model")
+    return folder / "model"
+
+
+def make_optimizer(player: Player, run: RunConfig) -> Optimizer:
+    betas, decay = (run.betas[0], run.betas[1]), run.weight_decay
+    return torch.optim.AdamW(
+        player.parameters.values(), lr=run.lr, betas=betas, weight_decay=decay, fused=True
+    )
+
+
+def move(name: str, player: Player, optimizer: Optimizer, run: RunConfig, step: int) -> dict[str, float]:
+    """One optimiser step of one player: gradients of every part of the batch, clipping, update.
+
+    Returns the metrics; those of any player but "model" carry its name in front.
+    """
+    device = pick_device(run.device)
+    metrics: dict[str, float] = {}
+    optimizer.zero_grad(set_to_none=True)
+    for part in range(run.accumulate):
+        torch.manual_seed(derive(run.seed, "dropout", step, part))
+        with torch.autocast(device.type, dtype=DTYPES[run.precision], enabled=run.precision != "float32"):
+            loss, values = player.loss(step, part)
+        require_finite(f"{name}: the loss", float(loss), step)
+        (loss / run.accumulate).backward()
+        for key, value in {"loss": float(loss), **values}.items():
+            metrics[key] = metrics.get(key, 0.0) + value / run.accumulate
+    metrics["gradient"] = float(nn.utils.clip_grad_norm_(player.parameters.values(), run.clip))
+    require_finite(f"{name}: the norm of the gradient", metrics["gradient"], step)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(run, step)
+    optimizer.step()
+    return metrics if name == "model" else {f"{name}_{key}": value for key, value in metrics.items()}
+
+
+def require_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{what} is {value} in step {step + 1}; the state saved last is untouched, but goes the same way "
+            "again: start a new run with a lower run.lr or run.clip"
+        )
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def for_use(task: Task, emas: Mapping[str, EMA]) -> Iterator[None]:
+    """Inside the block the models hold their averaged weights, in evaluation mode and without gradients."""
+    modules = [module for player in task.players.values() for module in player.module.modules()]
+    modes = [(module, module.training) for module in modules]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for ema in emas.values():
+            stack.enter_context(ema.averaged())
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def save(
+    task: Task,
+    optimizers: Mapping[str, Optimizer],
+    emas: Mapping[str, EMA],
+    folder: Path,
+    step: int,
+    sums: Mapping[str, tuple[float, int]],
+) -> None:
+    """Write everything the run consists of; `sums` are the metrics not logged yet."""
+    tensors: dict[str, Tensor] = {}
+    for name, player in task.players.items():
+        tensors |= {f"weights/{name}/{key}": value for key, value in player.module.state_dict().items()}
+        tensors |= optimizer_tensors(optimizers[name], f"optimizer/{name}")
+        if name in emas:
+            tensors |= {f"ema/{name}/{key}": value for key, value in emas[name].shadow.items()}
+    updates = {name: ema.updates for name, ema in emas.items()}
+    header = {"config": to_dict(task.config), "updates": updates, "sums": sums}
+    save_state(folder / "states", step, tensors, header, task.config.run.keep)
+
+
+def restore(
+    task: Task, optimizers: Mapping[str, Optimizer], emas: Mapping[str, EMA], folder: Path
+) -> tuple[int, dict[str, tuple[float, int]], list[str]]:
+    """Load the newest state into everything.
+
+    Returns the step to go on from, the metrics not logged yet, and lines to show.
+    """
+    tensors, header, notes = load_newest_state(folder / "states")
+    # Through the dataclass, so that a key which did not exist when the state was written has its default.
+    before = to_dict(from_dict(type(task.config), header["config"], f"the state in {folder}"))
+    lines = differences(before, to_dict(task.config))
+    changed = "; ".join(line for line in lines if not line.startswith(RunConfig.FREE))
+    if changed:
+        raise ValueError(f"--resume with changed values: {changed}; restore them or start a new run.out=")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    for name, player in task.players.items():
+        load_strict(player.module, part(f"weights/{name}/"), f"the state in {folder}")
+        restore_optimizer(optimizers[name], tensors, f"optimizer/{name}")
+        if name in emas:
+            for key, value in part(f"ema/{name}/").items():
+                emas[name].shadow[key].copy_(value)
+            emas[name].updates = header["updates"][name]
+    sums = {name: (total, count) for name, (total, count) in header.get("sums", {}).items()}
+    return int(header["step"]), sums, [*notes, f"resumed at step {header['step']}"]
+
+
+class StopSignals:
+    """Inside the block, SIGINT and SIGTERM only set `signum`; the loop saves and stops after its step.
+
+    A second one acts as if this block were not there.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.previous[signum] = signal.signal(signum, self._caught)
+        return self
+
+    def _caught(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, self.previous[signum])
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+
+def command_line(task: str, config: str, overrides: list[str]) -> str:
+    """The command that started this run, to be shown."""
+    return shlex.join(["ldm-train", task, config, *overrides])

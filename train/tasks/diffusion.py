@@ -1,0 +1,177 @@
+"""Train a latent diffusion model: frozen autoencoder, cached moments, UNet and (where there are captions) text tower jointly.
+
+Rombach et al. 2022 (arXiv:2112.10752), section 3.2, eq. 2 and 3; the text tower is trained from scratch with the UNet as in the
+paper's text-to-image model (section 4.3.1); captions are dropped for classifier-free guidance (Ho & Salimans 2022).
+One batch: images' moments -> latents -> `diffusion_loss` -> UNet. The finished run writes a model folder for `ldm-sample`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ldm.device import pick_device
+from ldm.diffusion.loss import LossConfig, diffusion_loss
+from ldm.diffusion.schedule import DiffusionConfig, Schedule
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.tokenizer import Tokenizer
+from ldm.models.unet import UNet, UNetConfig
+from ldm.seeding import derive, generator
+from ldm.weights.folder import load_autoencoder
+from sample.images import save_grid
+from sample.pipeline import Pipeline
+from train.cache import cached_moments
+from train.data import DataConfig, batch_indices, load_images
+from train.loop import Player, RunConfig
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The preview grid: fixed prompts and seeds, so that successive grids show the same pictures improve."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+
+
+@dataclass(frozen=True)
+class DiffusionTaskConfig:
+    """`ldm-train diffusion`.
+
+    autoencoder: file of the frozen first stage, as `ldm-train autoencoder` writes it.
+    text: the text tower; None trains an unconditional model. caption_dropout: share of captions replaced by the empty one.
+    validation_size: how many held-out images the validation loss is measured on.
+    """
+
+    data: DataConfig
+    run: RunConfig
+    autoencoder: str
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig | None = field(default_factory=TextConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    caption_dropout: float = 0.1
+    validation_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in 0..1, got {self.caption_dropout}")
+        if self.text is None and self.unet.context_dim is not None and self.unet.attention == "transformer":
+            raise ValueError("text=null trains an unconditional model, which needs unet.context_dim=null")
+        if self.text is not None and self.unet.context_dim != self.text.width:
+            raise ValueError(f"unet.context_dim {self.unet.context_dim} must equal text.width {self.text.width}")
+
+
+@dataclass
+class LatentSet:
+    """Posterior moments (N, z, h, w) and caption ids (N, T) of a split."""
+
+    mean: Tensor
+    std: Tensor
+    ids: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+
+class DiffusionTask:
+    def __init__(self, config: DiffusionTaskConfig):
+        self.config = config
+        self.device = pick_device(config.run.device)
+        self.autoencoder = self._frozen(config.autoencoder)
+        self.schedule = Schedule(config.diffusion)
+        self._check_sizes()
+        self.tokenizer = Tokenizer(config.text.context_length, config.text.padding) if config.text else None
+        self.data = self._latents("train")
+        self.heldout = self._latents("heldout_image")
+        self.empty = self.tokenizer([""]) if self.tokenizer else None  # (1, T)
+        torch.manual_seed(derive(config.run.seed, "initialisation"))
+        networks = nn.ModuleDict({"unet": UNet(config.unet)})
+        if config.text is not None:
+            networks["text_encoder"] = TextEncoder(config.text)
+        self.networks = networks.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.players = {"model": Player(self.networks, self.loss)}
+
+    def _frozen(self, path: str) -> AutoencoderKL:
+        autoencoder = load_autoencoder(Path(path)).requires_grad_(False).eval()
+        return autoencoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _check_sizes(self) -> None:
+        config, first_stage = self.config, self.autoencoder.config
+        if config.unet.in_channels != first_stage.z_channels or config.unet.out_channels != first_stage.z_channels:
+            raise ValueError(
+                f"unet.in_channels {config.unet.in_channels} and unet.out_channels {config.unet.out_channels} must equal the "
+                f"{first_stage.z_channels} latent channels of {config.autoencoder}"
+            )
+        if config.data.size != config.unet.sample_size * first_stage.factor:
+            raise ValueError(
+                f"data.size {config.data.size} must be unet.sample_size {config.unet.sample_size} x the autoencoder's factor "
+                f"{first_stage.factor} = {config.unet.sample_size * first_stage.factor}"
+            )
+
+    def _latents(self, split: str) -> LatentSet:
+        images = load_images(self.config.data, split)
+        pixels, captions = images.pixels, images.captions
+        if split != "train":
+            pixels, captions = pixels[: self.config.validation_size], captions[: self.config.validation_size]
+        mean, std = cached_moments(Path(self.config.run.out) / "cache", split, pixels, self.autoencoder)
+        return LatentSet(mean, std, self.tokenizer(captions) if self.tokenizer else None)
+
+    def _draw(self, data: LatentSet, rows: Tensor, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, timesteps and noise of `rows`, a function of (seed, key)."""
+        rng = generator(self.config.run.seed, *key)
+        z = data.mean[rows] + data.std[rows] * torch.randn(data.mean[rows].shape, generator=rng)
+        x0 = self.autoencoder.scale_latents(z)
+        t = torch.randint(self.schedule.num_timesteps, (len(rows),), generator=rng)
+        return x0, t, torch.randn(x0.shape, generator=rng)
+
+    def _losses(self, x0: Tensor, t: Tensor, noise: Tensor, ids: Tensor | None) -> Tensor:
+        """The loss of each sample, (B,)."""
+        unet = self.networks["unet"]
+        context = self.networks["text_encoder"](ids.to(self.device)) if ids is not None else None
+        return diffusion_loss(
+            lambda x_t, t: unet(x_t, t, context), x0.to(self.device), t, noise.to(self.device), self.schedule, self.config.loss
+        )
+
+    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        run = self.config.run
+        rows = batch_indices(len(self.data), run.batch, run.seed, step).chunk(run.accumulate)[part]
+        x0, t, noise = self._draw(self.data, rows, "train", step, part)
+        ids = self.data.ids[rows] if self.data.ids is not None else None
+        if ids is not None:
+            dropped = torch.rand(len(rows), generator=generator(run.seed, "caption", step, part)) < self.config.caption_dropout
+            ids = torch.where(dropped[:, None], cast(Tensor, self.empty), ids)
+        return self._losses(x0, t, noise, ids).mean(), {}
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss over held-out images, each on fixed noise and a fixed timestep."""
+        if len(self.heldout) == 0:
+            return {}
+        self.networks.eval()
+        losses = []
+        for part, rows in enumerate(torch.arange(len(self.heldout)).split(64)):
+            x0, t, noise = self._draw(self.heldout, rows, "validation", part)
+            losses.append(self._losses(x0, t, noise, self.heldout.ids[rows] if self.heldout.ids is not None else None))
+        self.networks.train()
+        return {"validation_loss": float(torch.cat(losses).mean())}
+
+    def pipeline(self) -> Pipeline:
+        """The model as it stands, ready to sample; shares the weights in training."""
+        text_encoder = self.networks["text_encoder"] if "text_encoder" in self.networks else None
+        return Pipeline(self.networks["unet"], self.autoencoder, text_encoder, self.config.diffusion, device=self.device)
+
+    def preview(self, path: Path) -> None:
+        preview = self.config.preview
+        prompts = list(preview.prompts) or [""] * 4
+        self.networks.eval()
+        images = self.pipeline().txt2img(prompts, seed=preview.seed, steps=preview.steps, guidance=preview.guidance)
+        self.networks.train()
+        save_grid(images, path)
+
+    def export(self, folder: Path) -> None:
+        self.pipeline().save(folder)
