@@ -1,8 +1,9 @@
 """Configurations: frozen dataclasses beside the classes they configure, values only in YAML.
 
-OmegaConf's structured configs merge three layers (dataclass defaults, a YAML file, `key=value` overrides) and know every key's
-type; this module adds one-line errors that name the dotted path and the nearest known key. A configuration is data: no field
-selects a class, an import or an environment variable (interpolations `${...}` are refused).
+OmegaConf's structured configs merge three layers (dataclass defaults, a YAML file, `key=value` overrides)
+and know every key's type; this module adds one-line errors that name the dotted path and the nearest known
+key. A configuration is data: no field selects a class, an import or an environment variable (`${...}` is
+refused).
 """
 
 import dataclasses
@@ -21,15 +22,17 @@ C = TypeVar("C")
 
 
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
-    """Merge the defaults of `cls`, the YAML file at `path` and `key=value` overrides into one frozen instance of `cls`.
+    """Merge the defaults of `cls`, the YAML file at `path` and `key=value` overrides into one frozen `cls`.
 
-    Raises ValueError for an unknown key, a value of the wrong type or a malformed file (the dotted path is named), and
-    FileNotFoundError for a missing file.
+    Raises ValueError for an unknown key, a value of the wrong type or a malformed file (the dotted path is
+    named), and FileNotFoundError for a missing file.
     """
     data: dict[str, Any] = {}
     if path is not None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"config file {path} does not exist; shipped ones: {', '.join(shipped_names()) or 'none'}")
+            raise FileNotFoundError(
+                f"config file {path} does not exist; shipped ones: {', '.join(shipped_names()) or 'none'}"
+            )
         try:
             data = _plain(OmegaConf.load(path))
         except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -81,7 +84,8 @@ def shipped_names() -> list[str]:
 
 
 def find_config(name: str | Path) -> Path:
-    """The YAML file `name`: a path as given, or a shipped one (`configs/train/emoji.yaml`, from any folder)."""
+    """The YAML file `name`: a path as given, or a shipped one (`configs/train/emoji.yaml`) from any
+    folder."""
     given = Path(name)
     if given.is_file():
         return given
@@ -90,7 +94,9 @@ def find_config(name: str | Path) -> Path:
     if ".." not in parts and candidate.is_file():
         return candidate
     close = difflib.get_close_matches(str(name), shipped_names(), n=3, cutoff=0.3)
-    raise FileNotFoundError(f"config file {name} does not exist; shipped ones near it: {', '.join(close) or 'none'}")
+    raise FileNotFoundError(
+        f"config file {name} does not exist; shipped ones near it: {', '.join(close) or 'none'}"
+    )
 
 
 def _merge(cls: type, data: Any, source: str, base: Any = None) -> Any:
@@ -116,7 +122,9 @@ def _check_keys(cls: type, data: dict[str, Any], source: str, prefix: str = "") 
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise ValueError(f"{source}: unknown key {path}; {hint}")
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{source}: {path}: interpolation {value!r} is not supported; write the value itself")
+            raise ValueError(
+                f"{source}: {path}: interpolation {value!r} is not supported; write the value itself"
+            )
         inner = _dataclass_of(known[key])
         if inner is not None and isinstance(value, dict):
             _check_keys(inner, value, source, f"{path}.")
@@ -137,7 +145,11 @@ def _build(cls: type[C], data: dict[str, Any]) -> C:
 
 def _dataclass_of(hint: Any) -> type | None:
     """The dataclass behind `X` or `X | None`, if any."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
     return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
 
 

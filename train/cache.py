@@ -1,7 +1,7 @@
 """Moments of the frozen autoencoder, computed once for a training set and kept on disk.
 
-The file is keyed by what made it (the images and the autoencoder's weights): a cache of other images or of another autoencoder is
-never used, it is made anew.
+The file is keyed by what made it (the images and the autoencoder's weights): a cache of other images or of
+another autoencoder is never used, it is made anew.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ def fingerprint(pixels: Tensor, autoencoder: AutoencoderKL) -> str:
 def cached_moments(
     folder: Path, name: str, pixels: Tensor, autoencoder: AutoencoderKL
 ) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation (N, z, h, w), float32 on the CPU, of `pixels` (N, 3, H, W) uint8."""
+    """Posterior mean and standard deviation (N, z, h, w), float32 on the CPU, of `pixels` (N, 3, H, W)
+    uint8."""
     key = fingerprint(pixels, autoencoder)
     path = folder / f"{name}-{key}.safetensors"
     if not path.is_file():

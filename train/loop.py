@@ -213,11 +213,12 @@ def move(name: str, player: Player, optimizer: Optimizer, run: RunConfig, step: 
         torch.manual_seed(derive(run.seed, "dropout", step, part))
         with torch.autocast(device.type, dtype=DTYPES[run.precision], enabled=run.precision != "float32"):
             loss, values = player.loss(step, part)
-        require_finite(f"{name}: the loss", float(loss), step)
+        values = {"loss": loss.item(), **values}
+        require_finite(f"{name}: the loss", values["loss"], step)
         (loss / run.accumulate).backward()
-        for key, value in {"loss": float(loss), **values}.items():
+        for key, value in values.items():
             metrics[key] = metrics.get(key, 0.0) + value / run.accumulate
-    metrics["gradient"] = float(nn.utils.clip_grad_norm_(player.parameters.values(), run.clip))
+    metrics["gradient"] = nn.utils.clip_grad_norm_(player.parameters.values(), run.clip).item()
     require_finite(f"{name}: the norm of the gradient", metrics["gradient"], step)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run, step)

@@ -115,6 +115,12 @@ class SpatialTransformer(nn.Module):
         return x + h
 
 
+QKV_LAYOUTS = {
+    "heads_first": "b (heads three d) n -> three b heads n d",
+    "qkv_first": "b (three heads d) n -> three b heads n d",
+}
+
+
 class SelfAttentionBlock(nn.Module):
     """ADM self-attention: norm, one fused q/k/v projection, attention, zero-initialised projection, residual.
 
@@ -123,15 +129,10 @@ class SelfAttentionBlock(nn.Module):
     all v, each head by head).
     """
 
-    LAYOUTS = {
-        "heads_first": "b (heads three d) n -> three b heads n d",
-        "qkv_first": "b (three heads d) n -> three b heads n d",
-    }
-
     def __init__(self, channels: int, heads: int, *, groups: int = 32, qkv_order: str = "heads_first"):
         super().__init__()
         self.heads = heads
-        self.layout = self.LAYOUTS[qkv_order]
+        self.layout = QKV_LAYOUTS[qkv_order]
         self.norm = nn.GroupNorm(groups, channels, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))

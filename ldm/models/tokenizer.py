@@ -29,7 +29,8 @@ def _byte_pair_encoding() -> Any:
     spec = importlib.util.spec_from_file_location(
         "_open_clip_tokenizer", Path(package.origin).parent / "tokenizer.py"
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module._tokenizer

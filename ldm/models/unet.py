@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from ldm.models.attention import SelfAttentionBlock, SpatialTransformer
+from ldm.models.attention import QKV_LAYOUTS, SelfAttentionBlock, SpatialTransformer
 from ldm.models.blocks import Downsample, ResBlock, TimestepEmbedding, Upsample, timestep_embedding, zero_init
 
 
@@ -55,10 +55,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if self.attention not in ("transformer", "adm"):
             raise ValueError(f"UNet attention must be 'transformer' or 'adm', got {self.attention!r}")
-        if self.qkv_order not in SelfAttentionBlock.LAYOUTS:
-            raise ValueError(
-                f"UNet qkv_order must be {' or '.join(SelfAttentionBlock.LAYOUTS)}, got {self.qkv_order!r}"
-            )
+        if self.qkv_order not in QKV_LAYOUTS:
+            raise ValueError(f"UNet qkv_order must be {' or '.join(QKV_LAYOUTS)}, got {self.qkv_order!r}")
         if self.num_classes is not None and self.vector_dim is not None:
             raise ValueError("UNet takes classes (num_classes) or a vector (vector_dim), not both")
         if self.attention == "adm" and self.context_dim is not None:

@@ -40,7 +40,7 @@ ADM_ATTENTION = {
 FUSED_LAYOUTS = {
     "heads_first": "(heads three d)",
     "qkv_first": "(three heads d)",
-}  # as in SelfAttentionBlock.LAYOUTS
+}  # as ldm.models.attention.QKV_LAYOUTS, channels behind
 
 
 def to_ours(tensors: Tensors, config: Config) -> dict[str, Tensor]:

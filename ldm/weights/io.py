@@ -1,8 +1,8 @@
 """Safe reading and atomic writing of weights: safetensors with JSON in the header, nothing pickled.
 
-A file of ours is a flat `name -> tensor` table whose header carries the configuration that rebuilds the module, so that a
-file is enough to know what it holds. Writing goes to a temporary name in the same folder and is renamed, so that a reader
-(or a kill) never meets half a file.
+A file of ours is a flat `name -> tensor` table whose header carries the configuration that rebuilds the
+module, so that a file is enough to know what it holds. Writing goes to a temporary name in the same folder
+and is renamed, so that a reader (or a kill) never meets half a file.
 """
 
 import json
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 MAX_HEADER_BYTES = 100_000_000
 
 
-def save_weights(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write `tensors` (any device, any strides) with `metadata` (JSON-ready values) in the header; atomic."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {key: json.dumps(value, ensure_ascii=False) for key, value in (metadata or {}).items()}
@@ -42,7 +44,9 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_weights(path: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_weights(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and decoded metadata of a safetensors file.
 
     Raises FileNotFoundError, or ValueError for a truncated or foreign file, each in one line.
@@ -89,7 +93,11 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     ]
     if missing or unexpected or shapes:
         groups = (("missing", missing), ("unexpected", unexpected), ("wrong shape", shapes))
-        told = "; ".join(f"{len(names)} {title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for title, names in groups if names)
+        told = "; ".join(
+            f"{len(names)} {title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for title, names in groups
+            if names
+        )
         raise ValueError(f"{source} does not fit {type(module).__name__}: {told}")
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -168,6 +168,8 @@ def test_log_linear_between():
     expected = (0.75 * table.sigmas[41].log() + 0.25 * table.sigmas[42].log()).exp()
     assert_close(table.sigma(41.25), expected, rtol=1e-14, atol=0)
     assert_close(table.t(expected).item(), 41.25, rtol=0, atol=1e-9)
+    assert table.t(expected.item()) == table.t(expected)  # Python numbers keep their double precision
+    assert table.sigma(41.3) == table.sigma(torch.tensor(41.3, dtype=torch.float64))
     assert table.t(torch.tensor([[1.0, 2.0]])).shape == (1, 2)
 
 

@@ -71,7 +71,7 @@ class TinyTask:
         loss = (self.model(x) - x.flatten(1)[:, :2] * 3).square().mean()
         if step in self.at:
             loss = self.at[step](loss)
-        return loss, {"mean": float(x.mean())}
+        return loss, {"mean": x.mean().item()}
 
     def validate(self):
         self.seen.append(
@@ -412,7 +412,7 @@ class Duel(TinyTask):
         self.order.append(("rival", step))
         with torch.no_grad():
             outputs = self.model(self.batch(step, part))
-        return (self.rival(outputs) - 1).square().mean(), {"outputs": float(outputs.mean())}
+        return (self.rival(outputs) - 1).square().mean(), {"outputs": outputs.mean().item()}
 
 
 def test_players_take_turns(tmp_path):

@@ -108,12 +108,13 @@ class AutoencoderTask:
         reconstructions, posterior = self.reconstruct(images, step, part)
         l1 = reconstruction_loss(images, reconstructions)
         kl = kl_loss(posterior, images)
-        values = {"l1": float(l1), "kl": float(kl), "psnr": float(psnr(images, reconstructions).mean())}
+        quality = psnr(images, reconstructions.detach()).mean()
+        values = {"l1": l1.item(), "kl": kl.item(), "psnr": quality.item()}
         weights, reconstruction = self.config.loss, l1
         if weights.perceptual_weight:
             distance = self.perceptual(images, reconstructions).mean()
             reconstruction = l1 + weights.perceptual_weight * distance
-            values["perceptual"] = float(distance)
+            values["perceptual"] = distance.item()
         total = reconstruction + weights.kl_weight * kl
         if weights.adversarial_weight and step >= weights.adversarial_start:
             self.discriminator.requires_grad_(False)  # the gradient passes through it and leaves none in it
@@ -121,7 +122,7 @@ class AutoencoderTask:
             last_layer, limit = self.model.decoder.conv_out.weight, ADAPTIVE_LIMIT / images[0].numel()
             factor = adaptive_weight(reconstruction, adversarial, last_layer, limit)
             total = total + weights.adversarial_weight * factor * adversarial
-            values |= {"adversarial": float(adversarial), "adaptive_weight": float(factor)}
+            values |= {"adversarial": adversarial.item(), "adaptive_weight": factor.item()}
         return total, values
 
     def discriminator_loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
@@ -130,7 +131,7 @@ class AutoencoderTask:
             reconstructions, _ = self.reconstruct(images, step, part)
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(images), self.discriminator(reconstructions)
-        return discriminator_hinge(real, fake), {"real": float(real.mean()), "fake": float(fake.mean())}
+        return discriminator_hinge(real, fake), {"real": real.mean().item(), "fake": fake.mean().item()}
 
     def validate(self) -> dict[str, float]:
         """Mean PSNR of held-out images, decoded from the posterior's mode; nothing if none are held out."""

@@ -1,8 +1,10 @@
-"""Train a latent diffusion model: frozen autoencoder, cached moments, UNet and (where there are captions) text tower jointly.
+"""Train a latent diffusion model: frozen autoencoder, cached moments, UNet and (where there are captions)
+text tower jointly.
 
-Rombach et al. 2022 (arXiv:2112.10752), section 3.2, eq. 2 and 3; the text tower is trained from scratch with the UNet as in the
-paper's text-to-image model (section 4.3.1); captions are dropped for classifier-free guidance (Ho & Salimans 2022).
-One batch: images' moments -> latents -> `diffusion_loss` -> UNet. The finished run writes a model folder for `ldm-sample`.
+Rombach et al. 2022 (arXiv:2112.10752), section 3.2, eq. 2 and 3; the text tower is trained from scratch
+with the UNet as in the paper's text-to-image model (section 4.3.1); captions are dropped for
+classifier-free guidance (Ho & Salimans 2022). One batch: images' moments -> latents -> `diffusion_loss` ->
+UNet. The finished run writes a model folder for `ldm-sample`.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.seeding import derive, generator
 from ldm.weights.folder import load_autoencoder
 from sample.images import save_grid
-from sample.pipeline import Pipeline
+from sample.pipeline import Pipeline, check_fit
 from train.cache import cached_moments
 from train.data import DataConfig, batch_indices, load_images
 from train.loop import Player, RunConfig
@@ -43,8 +45,8 @@ class DiffusionTaskConfig:
     """`ldm-train diffusion`.
 
     autoencoder: file of the frozen first stage, as `ldm-train autoencoder` writes it.
-    text: the text tower; None trains an unconditional model. caption_dropout: share of captions replaced by the empty one.
-    validation_size: how many held-out images the validation loss is measured on.
+    text: the text tower; None trains an unconditional model. caption_dropout: share of captions replaced by
+    the empty one. validation_size: how many held-out images the validation loss is measured on.
     """
 
     data: DataConfig
@@ -64,7 +66,9 @@ class DiffusionTaskConfig:
         if self.text is None and self.unet.context_dim is not None and self.unet.attention == "transformer":
             raise ValueError("text=null trains an unconditional model, which needs unet.context_dim=null")
         if self.text is not None and self.unet.context_dim != self.text.width:
-            raise ValueError(f"unet.context_dim {self.unet.context_dim} must equal text.width {self.text.width}")
+            raise ValueError(
+                f"unet.context_dim {self.unet.context_dim} must equal text.width {self.text.width}"
+            )
 
 
 @dataclass
@@ -85,7 +89,8 @@ class DiffusionTask:
         self.device = pick_device(config.run.device)
         self.autoencoder = self._frozen(config.autoencoder)
         self.schedule = Schedule(config.diffusion)
-        self._check_sizes()
+        check_fit(config.unet, self.autoencoder.config, config.text)
+        self._check_size()
         self.tokenizer = Tokenizer(config.text.context_length, config.text.padding) if config.text else None
         self.data = self._latents("train")
         self.heldout = self._latents("heldout_image")
@@ -101,17 +106,12 @@ class DiffusionTask:
         autoencoder = load_autoencoder(Path(path)).requires_grad_(False).eval()
         return autoencoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def _check_sizes(self) -> None:
-        config, first_stage = self.config, self.autoencoder.config
-        if config.unet.in_channels != first_stage.z_channels or config.unet.out_channels != first_stage.z_channels:
+    def _check_size(self) -> None:
+        size, latent, factor = self.config.data.size, self.config.unet.sample_size, self.autoencoder.factor
+        if size != latent * factor:
             raise ValueError(
-                f"unet.in_channels {config.unet.in_channels} and unet.out_channels {config.unet.out_channels} must equal the "
-                f"{first_stage.z_channels} latent channels of {config.autoencoder}"
-            )
-        if config.data.size != config.unet.sample_size * first_stage.factor:
-            raise ValueError(
-                f"data.size {config.data.size} must be unet.sample_size {config.unet.sample_size} x the autoencoder's factor "
-                f"{first_stage.factor} = {config.unet.sample_size * first_stage.factor}"
+                f"data.size is {size}, but unet.sample_size {latent} times the autoencoder's factor {factor} is "
+                f"{latent * factor}: make them equal"
             )
 
     def _latents(self, split: str) -> LatentSet:
@@ -135,7 +135,12 @@ class DiffusionTask:
         unet = self.networks["unet"]
         context = self.networks["text_encoder"](ids.to(self.device)) if ids is not None else None
         return diffusion_loss(
-            lambda x_t, t: unet(x_t, t, context), x0.to(self.device), t, noise.to(self.device), self.schedule, self.config.loss
+            lambda x_t, t: unet(x_t, t, context),
+            x0.to(self.device),
+            t,
+            noise.to(self.device),
+            self.schedule,
+            self.config.loss,
         )
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
@@ -144,7 +149,10 @@ class DiffusionTask:
         x0, t, noise = self._draw(self.data, rows, "train", step, part)
         ids = self.data.ids[rows] if self.data.ids is not None else None
         if ids is not None:
-            dropped = torch.rand(len(rows), generator=generator(run.seed, "caption", step, part)) < self.config.caption_dropout
+            dropped = (
+                torch.rand(len(rows), generator=generator(run.seed, "caption", step, part))
+                < self.config.caption_dropout
+            )
             ids = torch.where(dropped[:, None], cast(Tensor, self.empty), ids)
         return self._losses(x0, t, noise, ids).mean(), {}
 
@@ -152,25 +160,27 @@ class DiffusionTask:
         """Mean loss over held-out images, each on fixed noise and a fixed timestep."""
         if len(self.heldout) == 0:
             return {}
-        self.networks.eval()
         losses = []
         for part, rows in enumerate(torch.arange(len(self.heldout)).split(64)):
             x0, t, noise = self._draw(self.heldout, rows, "validation", part)
-            losses.append(self._losses(x0, t, noise, self.heldout.ids[rows] if self.heldout.ids is not None else None))
-        self.networks.train()
+            losses.append(
+                self._losses(x0, t, noise, self.heldout.ids[rows] if self.heldout.ids is not None else None)
+            )
         return {"validation_loss": float(torch.cat(losses).mean())}
 
     def pipeline(self) -> Pipeline:
         """The model as it stands, ready to sample; shares the weights in training."""
-        text_encoder = self.networks["text_encoder"] if "text_encoder" in self.networks else None
-        return Pipeline(self.networks["unet"], self.autoencoder, text_encoder, self.config.diffusion, device=self.device)
+        text_encoder = self.networks["text_encoder"] if self.config.text is not None else None
+        return Pipeline(
+            self.networks["unet"], self.autoencoder, text_encoder, self.config.diffusion, device=self.device
+        )
 
     def preview(self, path: Path) -> None:
         preview = self.config.preview
         prompts = list(preview.prompts) or [""] * 4
-        self.networks.eval()
-        images = self.pipeline().txt2img(prompts, seed=preview.seed, steps=preview.steps, guidance=preview.guidance)
-        self.networks.train()
+        images = self.pipeline().txt2img(
+            prompts, seed=preview.seed, steps=preview.steps, guidance=preview.guidance
+        )
         save_grid(images, path)
 
     def export(self, folder: Path) -> None:
