@@ -128,6 +128,8 @@ def _check_keys(cls: type, data: dict[str, Any], source: str, prefix: str = "") 
         inner = _dataclass_of(known[key])
         if inner is not None and isinstance(value, dict):
             _check_keys(inner, value, source, f"{path}.")
+        elif inner is not None and value is not None:
+            raise ValueError(f"{source}: {path} holds key: value pairs, got {value!r}")
 
 
 def _build(cls: type[C], data: dict[str, Any]) -> C:

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sample.cli import Parser, add_model_options, report, size, tolerate_encodings
+from sample.cli import Parser, add_model_options, report, size, text, tolerate_encodings
 
 COMMANDS = {
     "txt2img": "make pictures from prompts",
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `ldm-sample`."""
     main = Parser(prog="ldm-sample", description="Make and measure pictures with a latent diffusion model.")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    add = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
     add_txt2img(add["txt2img"])
     add_reconstruct(add["reconstruct"])
     add_evaluate(add["evaluate"])
@@ -30,8 +30,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_txt2img(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompts", nargs="+", metavar="PROMPT", help='what to show; "" is unconditional')
-    command.add_argument("--negative", default="", metavar="PROMPT", help="what to move away from")
+    command.add_argument(
+        "prompts", nargs="+", type=text, metavar="PROMPT", help='what to show; "" is unconditional'
+    )
+    command.add_argument("--negative", default="", type=text, metavar="PROMPT", help="what to move away from")
     command.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler, euler_ancestral (%(default)s)")
     command.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
     command.add_argument(

@@ -76,11 +76,19 @@ def tolerate_encodings() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def size(text: str) -> tuple[int, int]:
-    """`WxH` as (W, H), for `type=` of an argument."""
-    width, _, height = text.lower().partition("x")
+def text(argument: str) -> str:
+    """An argument that is text and no path, for `type=`: UTF-8 whatever the locale, or refused."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not UTF-8 text") from None
+
+
+def size(argument: str) -> tuple[int, int]:
+    """`WxH` as (W, H), for `type=`."""
+    width, _, height = argument.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 64x64 (width x height, in pixels)")
+        raise argparse.ArgumentTypeError(f"{argument!r} is not a size like 64x64 (width x height, in pixels)")
     return int(width), int(height)
 
 

@@ -152,9 +152,9 @@ class Pipeline:
         first: int = 0,
         steps: int = 50,
         sampler: str = "ddim",
-        guidance: float = 7.5,
+        guidance: float | int = 7.5,
         size: tuple[int, int] | None = None,
-        eta: float | None = None,
+        eta: float | int | None = None,
     ) -> Iterator[Step]:
         """Sample one batch, a picture a prompt, and yield every step.
 
@@ -197,10 +197,10 @@ class Pipeline:
         first: int = 0,
         steps: int = 50,
         sampler: str = "ddim",
-        guidance: float = 7.5,
+        guidance: float | int = 7.5,
         size: tuple[int, int] | None = None,
         batch: int = 4,
-        eta: float | None = None,
+        eta: float | int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """A picture a prompt, in their order: float32 in [-1, 1] on the CPU. A prompt n times gives n of it.
@@ -294,7 +294,7 @@ def find_model(name_or_path: str | Path) -> Path:
     return run if run.is_dir() and not any((path / name).is_file() for name in FILES) else path
 
 
-def sampler_options(sampler: str, eta: float | None) -> dict[str, float]:
+def sampler_options(sampler: str, eta: float | int | None) -> dict[str, float | int]:
     """The options of a sampler beyond the common ones. Raises ValueError for an eta that it does not have."""
     if eta is None:
         return {}

@@ -1,4 +1,4 @@
-"""A tiny random model: 32 px pictures, 8x8 latents, a text tower of one layer. Every weight counts for something."""
+"""A tiny random model: 32 px pictures, 8x8 latents, a text tower of one layer; every weight counts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +62,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its folder, in float32, below a path with a space and letters beyond ASCII. Tests must not change it."""
+    """Its folder in float32, with a space and letters beyond ASCII in the path. Tests must not change it."""
     folder = tmp_path_factory.mktemp("möd els") / "tiny 🍎"
     tiny().save(folder, torch.float32)
     return folder

@@ -1,4 +1,4 @@
-"""The pipeline: what determines a picture and what does not, files and their faults, limits of every parameter."""
+"""The pipeline: what determines a picture and what does not, files and their faults, limits of parameters."""
 
 import shutil
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_noise_of_stochastic_steps_is_bit_equal_whatever_the_batch(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(batch: int) -> list[Tensor]:
-        """Noise in the order drawn: at the start and in the two steps of three that add some, for each batch."""
+        """Noise as it is drawn, for each batch at the start and in the two of three steps that add some."""
         seen: list[Tensor] = []
         draw = type(pipe).noise
         monkeypatch.setattr(pipe, "noise", lambda *keys: seen.append(draw(pipe, *keys)) or seen[-1])
@@ -143,7 +143,8 @@ def test_eta_is_for_samplers_that_have_it(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("diffusion", [
-    DiffusionConfig(prediction="v", zero_terminal_snr=True), DiffusionConfig(prediction="x0", schedule="cosine"),
+    DiffusionConfig(prediction="v", zero_terminal_snr=True),
+    DiffusionConfig(prediction="x0", schedule="cosine"),
 ])  # fmt: skip
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_other_parameterisations(
@@ -249,7 +250,7 @@ def test_shipped_names(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         FileNotFoundError, match="'emojis' is no shipped name and no folder; did you mean emoji"
     ):
         find_model("emojis")
-    with pytest.raises(FileNotFoundError, match="unet.safetensors does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"unet\.safetensors does not exist"):
         Pipeline.load(tmp_path / "emoji")
 
 
@@ -345,7 +346,7 @@ def test_weights_too_large_for_half_precision_are_not_saved(
 ) -> None:
     large = build(text=False)
     large.unet.conv_in.bias.data[0] = 1e6
-    with pytest.raises(ValueError, match="unet.safetensors: conv_in.bias is not finite as torch.float16"):
+    with pytest.raises(ValueError, match=r"unet\.safetensors: conv_in\.bias is not finite as torch\.float16"):
         large.save(tmp_path)
     assert not (tmp_path / "unet.safetensors").exists()
 
@@ -413,5 +414,5 @@ def test_nan_in_the_trajectory_names_the_step(build: Callable[..., Pipeline]) ->
 def test_nan_in_the_decoder_is_no_black_picture(build: Callable[..., Pipeline]) -> None:
     broken = build()
     broken.autoencoder.decoder.conv_out.bias.data[1] = torch.nan
-    with pytest.raises(ValueError, match="decoding in torch.float32 gave values that are not finite"):
+    with pytest.raises(ValueError, match=r"decoding in torch\.float32 gave values that are not finite"):
         broken.txt2img("a", steps=2)

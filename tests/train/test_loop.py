@@ -214,6 +214,14 @@ def test_dropout_differs_between_steps_and_parts():
 # --- stopping and going on ----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, as on a terminal; a shell that runs the tests in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_resumed_after_a_kill_equals_unbroken(unbroken, tmp_path):
     with pytest.raises(RuntimeError, match="plug"):
         train(TinyTask(config_of(tmp_path), at={8: unplug}), False, "")
@@ -249,7 +257,7 @@ def test_a_signal_in_the_last_step_finishes_the_run(unbroken, tmp_path):
     assert_equal_runs(unbroken, tmp_path)
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+def test_a_second_signal_stops_at_once(tmp_path, interruptible):
     def twice(loss):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,235 @@
+"""Our UNet beside diffusers' UNet2DConditionModel on equal weights: one call, and one training step.
+
+    python -m benchmarks.unet                emoji size: batch 8 = 4 guided pictures, 16x16 latents, 77 tokens
+    python -m benchmarks.unet --size sd15    Stable Diffusion 1.5: batch 2 = 1 guided picture, 64x64 latents
+
+The weights are random and none is zero. A row is one kind of call in one number format and memory layout,
+the same on both sides. `difference` is the largest of the outputs' absolute differences for a call, and for
+a training step the norm of the gradients' difference over that of the gradient. Memory is the peak of a
+process of its own that holds one model, less what it held before building it.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import (
+    Row,
+    alternate,
+    in_fresh_process,
+    machine,
+    main,
+    make_parser,
+    memory_of,
+    randomise,
+    report,
+    timings,
+)
+from ldm.config import find_config, load_config
+from ldm.device import DTYPES
+from ldm.models.unet import UNet, UNetConfig
+from ldm.weights.diffusers import to_diffusers
+from train.tasks.diffusion import DiffusionTaskConfig
+
+TOKENS = 77
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t, context) -> prediction
+
+
+class Size(NamedTuple):
+    """config: a shipped training configuration, None for Stable Diffusion's. Batches: 0 leaves it out."""
+
+    config: str | None
+    batch: int
+    training_batch: int
+
+
+SIZES = {
+    "emoji": Size("configs/train/emoji.yaml", 8, 32),
+    "sd15": Size(None, 2, 0),  # training it takes 16 bytes a parameter: 14 GB a side
+    "tiny": Size("configs/train/tiny.yaml", 2, 4),
+}
+
+
+class Case(NamedTuple):
+    """One row: "call" or "training step", in one number format and layout."""
+
+    kind: str
+    size: str
+    precision: str
+    layout: str
+
+    @property
+    def batch(self) -> int:
+        return SIZES[self.size].batch if self.kind == "call" else SIZES[self.size].training_batch
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every case, one row each; memory first, while this process is small."""
+    if args.quick:
+        cases = [
+            Case("call", "tiny", "float32", "contiguous"),
+            Case("training step", "tiny", "bfloat16", "channels_last"),
+        ]
+    else:
+        kinds = ["call", "training step"] if SIZES[args.size].training_batch else ["call"]
+        options = itertools.product(kinds, [args.size], args.precision, args.layout)
+        cases = [Case(*option) for option in options]
+    described = machine(args.quick)  # before the load is our own
+    rows = []
+    for i, case in enumerate(cases, start=1):
+        print(f"{i} of {len(cases)}: {', '.join(case)}", file=sys.stderr)
+        memory = args.memory and not (args.quick and i > 1)
+        rows.append({**case._asdict(), "batch": case.batch, **(peaks(case) if memory else {})})
+        rows[-1] |= timed(case, args.rounds, args.warmup)
+    columns = {
+        "UNet": lambda row: f"{row['size']}, batch {row['batch']}",
+        "what": lambda row: row["kind"],
+        "precision": lambda row: row["precision"],
+        "layout": lambda row: row["layout"],
+        "ours, s": lambda row: row["ours"],
+        "diffusers, s": lambda row: row["diffusers"],
+        "times as fast": lambda row: f"{row['times_as_fast']:.2f}",
+        "difference": lambda row: f"{row['difference']:.1e}",
+        "ours, MiB": lambda row: f"{row['ours_mib']:.0f}" if "ours_mib" in row else "-",
+        "diffusers, MiB": lambda row: f"{row['diffusers_mib']:.0f}" if "diffusers_mib" in row else "-",
+    }
+    report(f"unet-{'tiny' if args.quick else args.size}", args, described, rows, columns)
+
+
+def config_of(size: str) -> UNetConfig:
+    path = SIZES[size].config
+    return UNetConfig() if path is None else load_config(DiffusionTaskConfig, find_config(path)).unet
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, h, w), t (B,), context (B, 77, D); the same for both sides."""
+    config, generator = config_of(case.size), torch.Generator().manual_seed(1)
+    side, batch = config.sample_size, case.batch
+    x = torch.randn(batch, config.in_channels, side, side, generator=generator)
+    t = torch.randint(1000, (batch,), generator=generator)
+    assert config.context_dim is not None, "every size here reads a text"
+    context = torch.randn(batch, TOKENS, config.context_dim, generator=generator)
+    return x.to(memory_format=LAYOUTS[case.layout]), t, context
+
+
+def ready(module: nn.Module, case: Case) -> Any:
+    module = module.train(case.kind != "call").requires_grad_(case.kind != "call")
+    return module.to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+
+
+def network(module: Any) -> Network:
+    """Either side's module as a function of the same signature."""
+    if isinstance(module, UNet):
+        return module
+    return lambda x, t, context: module(x, t, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def step(module: nn.Module, case: Case) -> Callable[[], Tensor]:
+    """The timed function: a call returns its output, a training step its loss."""
+    x, t, context = inputs(case)
+    predict, dtype = network(module), DTYPES[case.precision]
+    cast = partial(torch.autocast, "cpu", dtype=dtype, enabled=dtype != torch.float32)
+    if case.kind == "call":
+
+        def call() -> Tensor:
+            with torch.no_grad(), cast():
+                return predict(x, t, context)
+
+        return call
+
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+
+    def train() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with cast():
+            loss = F.mse_loss(predict(x, t, context).float(), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return train
+
+
+def pair(case: Case) -> tuple[UNet, Any]:
+    """Our UNet and diffusers' with the same random weights."""
+    from benchmarks import theirs
+
+    torch.manual_seed(0)
+    ours = ready(randomise(UNet(config_of(case.size))), case)
+    return ours, ready(theirs.unet(ours), case)
+
+
+def timed(case: Case, rounds: int, warmup: int) -> Row:
+    """Seconds of both sides in turns, and by how much they differ."""
+    ours, theirs = pair(case)
+    sides = {"ours": step(ours, case), "diffusers": step(theirs, case)}
+    results = {name: side().float() for name, side in sides.items()}  # the first call, on equal weights
+    if case.kind == "call":
+        difference = float((results["ours"] - results["diffusers"]).abs().max())
+    else:
+        difference = gradient_difference(ours, theirs)
+    measured = alternate(sides, rounds, warmup)
+    return {"difference": difference, **timings(measured["ours"], measured["diffusers"])}
+
+
+def gradient_difference(ours: UNet, theirs: nn.Module) -> float:
+    """|ours - theirs| / |theirs| over all parameters, of the gradients both hold."""
+    own = to_diffusers({name: weight.grad for name, weight in ours.named_parameters()}, ours.config)
+    pairs = [(own[name], weight.grad) for name, weight in theirs.named_parameters()]
+    difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
+    return float(difference / torch.stack([b.norm() for _, b in pairs]).norm())
+
+
+def peaks(case: Case) -> Row:
+    """Peak memory of each side in a process of its own."""
+    row: Row = {}
+    for side in ("ours", "diffusers"):
+        found = in_fresh_process(
+            "benchmarks.unet", "memory", side=side, case=list(case), threads=torch.get_num_threads()
+        )
+        row |= {f"{side}_peak_mib": found["peak"], f"{side}_mib": found["peak"] - found["before"]}
+    return row
+
+
+def memory(side: str, case: list[str], threads: int) -> dict[str, float]:
+    """MiB of this process before building one side's model and at the peak of its calls."""
+    torch.set_num_threads(threads)
+    chosen = Case(*case)
+    config = config_of(chosen.size)
+    if side == "ours":
+        return memory_of(lambda: step(ready(UNet(config), chosen), chosen))
+    from benchmarks import theirs
+
+    return memory_of(lambda: step(ready(theirs.unet_of(config), chosen), chosen))
+
+
+def parse() -> argparse.ArgumentParser:
+    parser = make_parser("unet", "Our UNet beside diffusers' on equal weights.", rounds=10)
+    parser.add_argument("--size", default="emoji", choices=["emoji", "sd15"], help="which UNet (%(default)s)")
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16"],
+        help="number formats; bfloat16 is autocast (both)",
+    )
+    parser.add_argument(
+        "--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="memory layouts (both)"
+    )
+    parser.add_argument(
+        "--no-memory", dest="memory", action="store_false", help="leave out the peak memory"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main("unet", parse(), measure))

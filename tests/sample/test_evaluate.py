@@ -1,0 +1,234 @@
+"""`ldm-sample evaluate` on sets made so that the answer is known, and the measures it is built of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.testing import assert_close
+
+from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
+from sample.__main__ import main
+from sample.evaluate import Picture, measure, pick, read_images, read_rows
+from sample.images import read_parameters
+from sample.pipeline import Pipeline
+
+CONCEPTS = 30
+STYLES = ("ink", "oil")
+
+# --- measures -----------------------------------------------------------------------------------------------
+
+
+def test_psnr_in_closed_form() -> None:
+    images = torch.zeros(3, 3, 4, 4)
+    off = torch.stack([images[0] + 0.2, images[1] + 1, images[2]])
+    assert_close(psnr(images, off)[:2], torch.tensor([20.0, 6.0206]), atol=1e-4, rtol=0)
+    assert psnr(images, off)[2] > 100
+    assert_close(psnr(images + 1, images + 5), psnr(images, images))  # both clamped to 1
+
+
+def test_thumbnails_are_area_means() -> None:
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.float32).reshape(2, 3, 4, 4)
+    small = thumbnails(images, side=2).reshape(2, 3, 2, 2)
+    assert_close(small[1, 2, 0, 1], images[1, 2, :2, 2:].mean())
+
+
+def test_distances() -> None:
+    a, b = torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.tensor([[0.0, 2.0], [3.0, 1.0], [0.0, 0.0]])
+    expected = torch.tensor([[2**0.5, 5**0.5, 0.0], [5**0.5, 0.0, 5**0.5]])
+    assert_close(distances(a, b), expected)
+
+
+def test_ranks() -> None:
+    distance = torch.tensor([0.3, 0.1, 0.2, 0.1, 0.4]).expand(5, 5)
+    right = torch.eye(5, dtype=torch.bool)
+    everything = torch.ones(5, 5, dtype=torch.bool)
+    # Candidates 1 and 3 are equally near: either is right.
+    assert nearest_ranks(distance, everything, right).tolist() == [3, 0, 2, 0, 4]
+    without_1 = everything.clone()
+    without_1[:, 1] = False
+    assert nearest_ranks(distance, without_1, right).tolist() == [2, 5, 1, 0, 3]
+
+
+# --- a set with a known answer ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Noise pictures of 30 concepts in two styles, the second style of the last 10 held out.
+
+    The styles differ a little, so that the real picture of a held-out pair is nearest to the other style's.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(CONCEPTS):
+        pixels = rng.integers(10, 246, (32, 32, 3))
+        for k, style in enumerate(STYLES):
+            name = f"{style}/{i:02d}.png"
+            (tmp_path / "set" / style).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels + 10 * k).astype(np.uint8)).save(tmp_path / "set" / name)
+            split = "heldout_pair" if k and i >= CONCEPTS - 10 else "train"
+            text = f"a thing {i}, {style}"
+            rows.append(
+                {"file_name": name, "text": text, "concept": f"thing {i}", "style": style, "split": split}
+            )
+    rows.append(rows[0] | {"split": "heldout_image"})
+    (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return tmp_path / "set"
+
+
+def evaluate(data: Path, model: Path, *arguments: str) -> int:
+    options = {"--data": data, "--model": model, "--out": data.parent / "out", "--device": "cpu"}
+    return main(["evaluate", *(str(x) for option in options.items() for x in option), *arguments])
+
+
+def results(data: Path) -> dict[str, Any]:
+    return json.loads((data.parent / "out" / "evaluation.json").read_text())
+
+
+def pretending(data: Path, shift: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Make every pipeline return the real picture `shift` concepts after the caption's; lists its calls."""
+    rows = read_rows(data)
+    known = {row.text: image for row, image in zip(rows, read_images(data, rows, 32), strict=True)}
+    calls: list[dict[str, Any]] = []
+
+    def txt2img(self: Pipeline, prompts: list[str], **options: Any) -> Tensor:
+        calls.append(options)
+        options["progress"](1, 1)
+        chosen = []
+        for prompt in prompts:
+            number = int(prompt.split(",")[0].removeprefix("a thing "))
+            chosen.append(known[f"a thing {(number + shift) % CONCEPTS}, {prompt.split(', ')[1]}"])
+        return torch.stack(chosen)
+
+    monkeypatch.setattr(Pipeline, "txt2img", txt2img)
+    return calls
+
+
+def test_the_training_pictures_themselves_are_all_right(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = pretending(data, 0, monkeypatch)
+    assert evaluate(data, model, "--captions", "40", "--guidance", "3", "--seed", "5", "--steps", "7") == 0
+    found = results(data)["results"]
+    assert found["train"] == pytest.approx(
+        {"count": 40, "right": 1.0, "real": 1.0, "median_rank": 0.0, "chance": found["train"]["chance"]}
+    )
+    assert 1 / 30 <= found["train"]["chance"] <= 1 / 20  # 30 training pictures in ink, 20 in oil
+    assert found["heldout_pair"] == pytest.approx(
+        {"count": 10, "right": 1.0, "real": 1.0, "median_rank": 0.0, "chance": 1 / 30}
+    )
+    assert [(call["seed"], call["steps"], call["guidance"]) for call in calls] == [(5, 7, 3.0)] * 2
+    told = capsys.readouterr().out
+    assert "training captions     100.0%" in told
+    assert "held-out pairs        100.0%    3.33%  100.0%        10" in told
+    settings = results(data)["settings"]
+    for key in (
+        "data",
+        "model",
+        "captions",
+        "steps",
+        "guidance",
+        "seed",
+        "weights",
+        "versions",
+        "sampler",
+        "size",
+    ):
+        assert key in settings
+    sheet = data.parent / "out" / "evaluation-0000.png"
+    assert read_parameters(sheet) == settings
+    width = 16 * 34 + 2
+    assert Image.open(sheet).size == (width, 7 * 34 + 2)  # (40 + 10) pairs, 8 a row
+    pair = np.array(Image.open(sheet))[2:34, 2:68]
+    assert np.array_equal(pair[:, :32], pair[:, 34:])  # beside each picture its nearest: itself
+
+
+def test_pictures_of_other_concepts_are_all_wrong(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretending(data, 1, monkeypatch)
+    assert evaluate(data, model, "--captions", "1000") == 0
+    found = results(data)["results"]
+    assert (found["train"]["count"], found["train"]["right"]) == (50, 0.0)
+    assert (found["heldout_pair"]["right"], found["heldout_pair"]["real"]) == (0.0, 1.0)
+    assert found["train"]["median_rank"] >= 1
+
+
+def test_blind_pictures_are_about_chance() -> None:
+    count = 400
+    rows = [Picture(f"{i}.png", f"{i}", f"{i}", "ink", "train") for i in range(count)]
+    everything = list(range(count))
+    images = torch.rand(count, 3, 16, 16) * 2 - 1
+    fidelity, nearest = measure(rows, images, everything, everything, images[torch.randperm(count)], True)
+    assert fidelity.chance == pytest.approx(1 / count)
+    assert fidelity.right <= 6 / count  # a Poisson number around 1: above 6 once in 10000
+    assert count / 4 < fidelity.median_rank < 3 * count / 4
+    assert sorted(nearest) == everything
+
+
+def test_a_tiny_model_end_to_end(
+    data: Path, model: Path, pipe: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(data, model, "--captions", "3", "--steps", "1", "--batch", "4") == 0
+    image = read_images(data, read_rows(data)[-1:], 32)
+    expected = psnr(image, pipe.autoencoder.decode(pipe.autoencoder.encode(image).mode()))
+    assert results(data)["results"]["heldout_psnr"] == pytest.approx(float(expected), abs=1e-4)
+    assert f"autoencoder PSNR{float(expected):25.2f} dB" in capsys.readouterr().out
+
+
+def test_a_set_without_anything_held_out(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row for row in (data / "metadata.jsonl").read_text().split("\n") if '"train"' in row]
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    pretending(data, 0, monkeypatch)
+    assert evaluate(data, model) == 0
+    assert capsys.readouterr().out.count("none in the data") == 2
+    found = results(data)["results"]
+    assert (found["heldout_pair"], found["heldout_psnr"]) == (None, None)
+
+
+def test_captions_are_a_function_of_the_seed() -> None:
+    rows = list(range(100, 200))
+    assert pick(rows, 20, 1) == pick(rows, 20, 1)
+    assert pick(rows, 20, 1) != pick(rows, 20, 2)
+    assert pick(rows, 20, 1) == pick(rows, 50, 1)[:20]
+    assert sorted(pick(rows, 1000, 1)) == rows
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", "line 2: expected a JSON object with the texts file_name, text, concept, style, split"),
+    ("[1]", "line 2: expected a JSON object"),
+    ('{"file_name": "a.png", "text": "a"}', "line 2: expected a JSON object"),
+    ('{"file_name": "ink/00.png", "text": "a", "concept": 1, "style": "b", "split": "train"}', "line 2:"),
+    ('{"file_name": "ink/x.png", "text": "a", "concept": "c", "style": "b", "split": "train"}',
+     "x.png: no such file"),
+    ('{"file_name": "ink/00.png", "text": "a", "concept": "new", "style": "oil", "split": "heldout_pair"}',
+     "ink/00.png: no training picture of its concept 'new'"),
+])  # fmt: skip
+def test_faulty_data_is_named(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = (data / "metadata.jsonl").read_text().split("\n")
+    (data / "metadata.jsonl").write_text("\n".join([whole[0], line, *whole[1:]]))
+    monkeypatch.setattr(
+        Pipeline, "txt2img", lambda self, prompts, **options: torch.zeros(len(prompts), 3, 32, 32)
+    )
+    assert evaluate(data, model, "--captions", "2") == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (data.parent / "out").exists()
+
+
+def test_data_that_is_no_folder_of_ours(data: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(data / "ink", model) == 2
+    assert "metadata.jsonl does not exist; --data is a folder" in capsys.readouterr().err
+    assert evaluate(data, model, "--captions", "0") == 2
+    assert "--captions must be at least 1, got 0" in capsys.readouterr().err
