@@ -1,6 +1,11 @@
 """Which device and which number format to compute in."""
 
+from typing import TypeVar
+
 import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,3 +30,8 @@ def pick_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"number format {name!r} is unknown; one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def place(module: Module, device: torch.device) -> Module:
+    """`module` on `device` with channels-last weights, in which convolutions train faster."""
+    return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -19,10 +19,6 @@ install_import_hook(["ldm", "sample", "train"], "beartype.beartype")  # before a
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "terrain: needs the package adaptive-terrain-diffusion (see terrain.py)")
-
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

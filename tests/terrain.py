@@ -47,7 +47,9 @@ def find_network() -> bytes | None:
     """
     given = os.environ.get("LDM_TERRAIN_WHEEL")
     if given:
-        wheels = [Path(given)] if given.endswith(".whl") else sorted(Path(given).glob("adaptive_terrain_*.whl"))
+        wheels = (
+            [Path(given)] if given.endswith(".whl") else sorted(Path(given).glob("adaptive_terrain_*.whl"))
+        )
         if not wheels:
             raise FileNotFoundError(f"LDM_TERRAIN_WHEEL: no adaptive_terrain_diffusion wheel in {given}")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -99,7 +101,9 @@ def extract_weights(network: bytes) -> dict[str, Tensor]:
             norm = behind.removesuffix(last) + NORM_BEFORE[last]
             scaling = producer[next(name for name in node.input if name not in constants)]
             for kind, of in (("weight", scaling), ("bias", node)):
-                weights[f"{norm}.{kind}"] = tensor(next(name for name in of.input if name in constants)).flatten()
+                weights[f"{norm}.{kind}"] = tensor(
+                    next(name for name in of.input if name in constants)
+                ).flatten()
     return {name.replace("label_emb.", "label_emb.0."): weight for name, weight in weights.items()}
 
 

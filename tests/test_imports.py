@@ -48,7 +48,7 @@ def test_nothing_is_unpickled(path: Path) -> None:
             continue
         options = {keyword.arg: keyword.value for keyword in node.keywords}
         called = ast.unparse(node.func)
-        if called in ("torch.load", "load") and "torch" in called or "weights_only" in options:
+        if called == "torch.load" or "weights_only" in options:
             only = options.get("weights_only")
             assert isinstance(only, ast.Constant) and only.value is True, ast.unparse(node)
         if called.endswith(("np.load", "numpy.load")):
@@ -116,5 +116,7 @@ def test_importing_the_library_is_cheap(tmp_path: Path) -> None:
     library = [name for name in MODULES if name.split(".")[0] == "ldm"]
     run("import " + ", ".join(library), tmp_path, PYTHONDONTWRITEBYTECODE="")  # compiled once
     code = COST.replace("NAMES", repr(library))
-    best = min(float(run(code, tmp_path)) for _ in range(3))
-    assert best < 0.6, f"importing ldm costs {best:.2f} s beyond torch"  # twice the aim, for slow machines
+    costs = [float(run(code, tmp_path))]
+    while costs[-1] > 0.3 and len(costs) < 4:  # the first may have read a cold disk
+        costs.append(float(run(code, tmp_path)))
+    assert min(costs) < 0.6, f"importing ldm costs {costs} s beyond torch"  # twice the aim, for slow machines

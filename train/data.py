@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.seeding import generator
+from sample.images import read_rgb
 
 METADATA = "metadata.jsonl"
 SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -287,46 +287,4 @@ def read_image(path: Path, size: int) -> UInt8[Tensor, "3 {size} {size}"]:
 
     Raises ValueError with the file's name and what is wrong with it.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns between one and two times its limit; nothing may be decoded above the limit.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return torch.from_numpy(np.array(square_rgb(image, size))).permute(2, 0, 1).contiguous()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image") from None
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: unreadable image ({reason:.100})") from None
-
-
-def square_rgb(image: Image.Image, size: int) -> Image.Image:
-    """Any Pillow image as RGB of `size` x `size`: upright, its centre square, on white, Lanczos."""
-    upright = ImageOps.exif_transpose(image)
-    side = min(upright.size)
-    left, top = (upright.width - side) // 2, (upright.height - side) // 2
-    # The square first: a strip of 1 x 50000 pixels must not become one of 64 x 3200000.
-    square = to_rgb(upright.crop((left, top, left + side, top + side)))
-    return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: transparency on white, 16 bit scaled to 8.
-
-    Raises ValueError for floating-point and 32-bit pixels.
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range; save it with 8 or 16 bit")
-    if image.mode.startswith("I"):  # 16-bit grey ("I;16", "I;16B", ...), in 32-bit form ("I") for some files
-        grey = np.asarray(image).astype(np.int64)
-        if grey.size and (grey.min() < 0 or grey.max() > 65535):
-            raise ValueError("32-bit pixels have no fixed range; save it with 8 or 16 bit")
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return torch.from_numpy(np.array(read_rgb(path, size))).permute(2, 0, 1).contiguous()

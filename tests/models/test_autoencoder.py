@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 
-SMALL = dict(base_channels=8, channel_mult=(1, 2, 2), norm_groups=4, num_res_blocks=1)
+SMALL = {"base_channels": 8, "channel_mult": (1, 2, 2), "norm_groups": 4, "num_res_blocks": 1}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,9 @@ def autoencoder() -> AutoencoderKL:
 def test_posterior() -> None:
     mean, logvar = torch.tensor([1.0, -2.0]), torch.tensor([0.5, -1.0])
     posterior = DiagonalGaussian(torch.stack([mean, logvar]).view(1, 2, 1, 2))
-    expected = sum((m * m + math.exp(v) - 1 - v) / 2 for m, v in zip(mean.tolist(), logvar.tolist(), strict=True))
+    expected = sum(
+        (m * m + math.exp(v) - 1 - v) / 2 for m, v in zip(mean.tolist(), logvar.tolist(), strict=True)
+    )
     assert_close(posterior.kl(), torch.tensor([expected]))
     assert_close(posterior.mode(), mean.view(1, 1, 1, 2))
     noise = torch.tensor([3.0, -1.0]).view(1, 1, 1, 2)
@@ -93,11 +95,11 @@ def test_errors(autoencoder: AutoencoderKL) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(base_channels=6), r"\[6, 12, 12\] must be multiples of norm_groups 4"),
-        (dict(channel_mult=()), r"\[\] must be multiples"),
-        (dict(scale_factor=0.0), "scale_factor must be positive, got 0.0"),
-        (dict(num_res_blocks=0), "at least 1, got 0, 4 and 3"),
-        (dict(attention_levels=(3,)), r"attention_levels \[3\] must be in 0..2"),
+        ({"base_channels": 6}, r"\[6, 12, 12\] must be multiples of norm_groups 4"),
+        ({"channel_mult": ()}, r"\[\] must be multiples"),
+        ({"scale_factor": 0.0}, "scale_factor must be positive, got 0.0"),
+        ({"num_res_blocks": 0}, "at least 1, got 0, 4 and 3"),
+        ({"attention_levels": (3,)}, r"attention_levels \[3\] must be in 0..2"),
     ],
 )
 def test_errors_of_a_configuration(values: dict, message: str) -> None:

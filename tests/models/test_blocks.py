@@ -44,7 +44,10 @@ def test_asymmetric_downsample_looks_right_and_down() -> None:
             [
                 torch.stack(
                     [
-                        (padded[0, 0, 2 * i + first + 1 :][:3, 2 * j + first + 1 :][:, :3] * layer.conv.weight).sum()
+                        (
+                            padded[0, 0, 2 * i + first + 1 :][:3, 2 * j + first + 1 :][:, :3]
+                            * layer.conv.weight
+                        ).sum()
                         for j in range(2)
                     ]
                 )
@@ -93,7 +96,9 @@ def test_layout_of_the_fused_projection(order: str) -> None:
     fused = block.qkv(block.norm(x).flatten(2))  # (B, 3C, N)
     outputs = []
     for head in range(heads):
-        starts = [(3 * head + i) * size if order == "heads_first" else i * channels + head * size for i in range(3)]
+        starts = [
+            (3 * head + i) * size if order == "heads_first" else i * channels + head * size for i in range(3)
+        ]
         q, k, v = (fused[:, start : start + size] for start in starts)
         weights = torch.einsum("bdn,bdm->bnm", q, k).div(math.sqrt(size)).softmax(dim=-1)
         outputs.append(torch.einsum("bnm,bdm->bdn", weights, v))
@@ -143,7 +148,11 @@ def test_resampling_inside_a_block(way: str, size: int) -> None:
     """Branch and shortcut are both resampled: nearest neighbours up, means of 2x2 down; a new block does just that."""
     block = ResBlock(4, 4, 8, groups=2, resample=way)
     x = torch.randn(2, 4, 4, 4)
-    expected = x.repeat_interleave(2, 2).repeat_interleave(2, 3) if way == "up" else x.unfold(2, 2, 2).unfold(3, 2, 2)
+    expected = (
+        x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        if way == "up"
+        else x.unfold(2, 2, 2).unfold(3, 2, 2)
+    )
     expected = expected if way == "up" else expected.mean(dim=(-1, -2))
     result = block(x, torch.randn(2, 8))
     assert result.shape == (2, 4, size, size)
@@ -152,7 +161,7 @@ def test_resampling_inside_a_block(way: str, size: int) -> None:
 
 def test_epsilons_of_the_norms() -> None:
     """1e-5 in the UNet's residual blocks, ADM attention and output; 1e-6 in spatial transformers and the autoencoder."""
-    small = dict(model_channels=8, channel_mult=(1, 2), norm_groups=4, num_heads=2)
+    small = {"model_channels": 8, "channel_mult": (1, 2), "norm_groups": 4, "num_heads": 2}
     for config in (
         UNetConfig(**small, context_dim=6),
         UNetConfig(**small, context_dim=None, attention="adm", attention_resolutions=(1, 2)),

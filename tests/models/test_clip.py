@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from ldm.models.clip import TextConfig, TextEncoder, quick_gelu
 from ldm.models.tokenizer import END_ID, START_ID
 
-SMALL = dict(context_length=24, width=16, layers=3, heads=2, mlp_width=32)
+SMALL = {"context_length": 24, "width": 16, "layers": 3, "heads": 2, "mlp_width": 32}
 
 
 def encoder(**values) -> TextEncoder:
@@ -81,11 +81,11 @@ def test_errors() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(activation="relu"), "quick_gelu, gelu, got 'relu'"),
-        (dict(padding="left"), "'end' or 'zero', got 'left'"),
-        (dict(heads=3), "width 16 must be a multiple of heads 3"),
-        (dict(heads=0), "heads must be at least 1, got 0"),
-        (dict(skip_layers=3), "skip_layers must be in 0..2, got 3"),
+        ({"activation": "relu"}, "quick_gelu, gelu, got 'relu'"),
+        ({"padding": "left"}, "'end' or 'zero', got 'left'"),
+        ({"heads": 3}, "width 16 must be a multiple of heads 3"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"skip_layers": 3}, "skip_layers must be in 0..2, got 3"),
     ],
 )
 def test_errors_of_a_configuration(values: dict, message: str) -> None:

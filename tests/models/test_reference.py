@@ -16,7 +16,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.compvis import AUTOENCODER_PREFIX, TRANSFORMERS_PREFIX, UNET_PREFIX
 from ldm.weights.io import load_strict
 
-SINGLE = dict(rtol=0.0, atol=1e-4)  # one forward pass
+SINGLE = {"rtol": 0.0, "atol": 1e-4}  # one forward pass
 TEN_STEPS = 1e-3  # relative norm after ten guided steps
 
 

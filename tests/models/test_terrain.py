@@ -18,7 +18,9 @@ def network() -> bytes:
     pytest.importorskip("onnx")
     network = terrain.find_network()
     if network is None:
-        pytest.skip("LDM_TERRAIN_WHEEL is not set and adaptive-terrain-diffusion is not installed (tests/terrain.py)")
+        pytest.skip(
+            "LDM_TERRAIN_WHEEL is not set and adaptive-terrain-diffusion is not installed (tests/terrain.py)"
+        )
     return network
 
 

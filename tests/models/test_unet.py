@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from ldm.models.unet import UNet, UNetConfig
 
-SMALL = dict(model_channels=16, channel_mult=(1, 2, 2), norm_groups=8, num_heads=2, context_dim=12)
+SMALL = {"model_channels": 16, "channel_mult": (1, 2, 2), "norm_groups": 8, "num_heads": 2, "context_dim": 12}
 CONFIG = UNetConfig(**SMALL)
 
 
@@ -33,7 +33,9 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     "config",
     [
         CONFIG,
-        UNetConfig(**{**SMALL, "context_dim": None}, attention="adm", scale_shift_norm=True, resblock_updown=True),
+        UNetConfig(
+            **{**SMALL, "context_dim": None}, attention="adm", scale_shift_norm=True, resblock_updown=True
+        ),
     ],
     ids=["transformer", "adm"],
 )
@@ -128,15 +130,15 @@ def test_class_and_vector_conditioning() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(x=torch.zeros(1, 3, 8, 8)), "takes 4 channels, got 3"),
-        (dict(x=torch.zeros(1, 4, 8, 10)), "multiples of 4, got 10x8"),
-        (dict(context=torch.zeros(1, 5, 13)), "width 12, got 13"),
-        (dict(context=None), "width 12, got None"),
-        (dict(y=torch.tensor([1])), "takes no class or vector"),
+        ({"x": torch.zeros(1, 3, 8, 8)}, "takes 4 channels, got 3"),
+        ({"x": torch.zeros(1, 4, 8, 10)}, "multiples of 4, got 10x8"),
+        ({"context": torch.zeros(1, 5, 13)}, "width 12, got 13"),
+        ({"context": None}, "width 12, got None"),
+        ({"y": torch.tensor([1])}, "takes no class or vector"),
     ],
 )
 def test_errors_of_a_call(unet: UNet, changed: dict, message: str) -> None:
-    right = dict(x=torch.zeros(1, 4, 8, 8), t=torch.tensor([1]), context=torch.zeros(1, 5, 12))
+    right = {"x": torch.zeros(1, 4, 8, 8), "t": torch.tensor([1]), "context": torch.zeros(1, 5, 12)}
     with pytest.raises(ValueError, match=message):
         unet(**{**right, **changed})
 
@@ -150,16 +152,16 @@ def test_a_class_is_needed() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(attention="linear"), "'transformer' or 'adm', got 'linear'"),
-        (dict(qkv_order="last"), "heads_first or qkv_first, got 'last'"),
-        (dict(num_classes=3, vector_dim=4), "not both"),
-        (dict(model_channels=20), r"\[20, 40, 40\] must be multiples of norm_groups 8"),
-        (dict(channel_mult=()), r"\[\] must be multiples"),
-        (dict(num_heads=3), "16 must be a multiple of num_heads 3"),
-        (dict(head_channels=12), "16 must be a multiple of head_channels 12"),
-        (dict(head_channels=0), "16 must be a multiple of head_channels 0"),
-        (dict(num_res_blocks=0), "num_res_blocks must be at least 1, got 0"),
-        (dict(attention="adm"), "takes no context: context_dim 12 must be null"),
+        ({"attention": "linear"}, "'transformer' or 'adm', got 'linear'"),
+        ({"qkv_order": "last"}, "heads_first or qkv_first, got 'last'"),
+        ({"num_classes": 3, "vector_dim": 4}, "not both"),
+        ({"model_channels": 20}, r"\[20, 40, 40\] must be multiples of norm_groups 8"),
+        ({"channel_mult": ()}, r"\[\] must be multiples"),
+        ({"num_heads": 3}, "16 must be a multiple of num_heads 3"),
+        ({"head_channels": 12}, "16 must be a multiple of head_channels 12"),
+        ({"head_channels": 0}, "16 must be a multiple of head_channels 0"),
+        ({"num_res_blocks": 0}, "num_res_blocks must be at least 1, got 0"),
+        ({"attention": "adm"}, "takes no context: context_dim 12 must be null"),
     ],
 )
 def test_errors_of_a_configuration(values: dict, message: str) -> None:

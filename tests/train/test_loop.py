@@ -216,7 +216,7 @@ def test_dropout_differs_between_steps_and_parts():
 
 @pytest.fixture
 def interruptible():
-    """SIGINT raises KeyboardInterrupt, as on a terminal; a shell that runs the tests in the background ignores it."""
+    """SIGINT raises KeyboardInterrupt, as on a terminal; in a background job of a shell it would be ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -181,13 +181,11 @@ def test_truncated_autoencoder_is_named(runs, shapes, tmp_path, capsys):
     assert "cut.safetensors" in one_error(capsys)
 
 
-def test_dry_run_writes_nothing(shapes, tmp_path, capsys):
-    command = [
-        "autoencoder",
-        "configs/train/tiny_autoencoder.yaml",
-        *places(shapes, tmp_path, "autoencoder"),
-        "--dry-run",
-    ]
-    assert train(command) == 0
+@pytest.mark.parametrize("task", ["autoencoder", "diffusion"])
+def test_dry_run_writes_nothing(runs, shapes, tmp_path, capsys, task):
+    config = {"autoencoder": "tiny_autoencoder", "diffusion": "tiny"}[task]
+    overrides = places(shapes, runs, task)
+    overrides[1] = f"run.out={tmp_path / 'new'}"
+    assert train([task, f"configs/train/{config}.yaml", *overrides, "--dry-run"]) == 0
     assert "60 steps" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []

@@ -13,19 +13,21 @@ from ldm.weights import compvis, diffusers
 from ldm.weights.io import load_strict
 from ldm.weights.names import Config, shapes
 
-SMALL = dict(model_channels=8, norm_groups=4, num_heads=2, context_dim=6)
-ADM = dict(attention="adm", context_dim=None)
+SMALL = {"model_channels": 8, "norm_groups": 4, "num_heads": 2, "context_dim": 6}
+ADM = {"attention": "adm", "context_dim": None}
 UNETS = {
     "default": {},
-    "linear projection": dict(linear_projection=True, head_channels=4),
-    "two levels": dict(channel_mult=(1, 2), attention_resolutions=(2,), num_res_blocks=1),
-    "three levels, no attention at the finest": dict(
-        channel_mult=(1, 2, 3), attention_resolutions=(4, 2), num_res_blocks=3
-    ),
-    "one level": dict(channel_mult=(2,), attention_resolutions=()),
-    "two transformers deep": dict(channel_mult=(1, 2), transformer_depth=2),
-    "classes": dict(channel_mult=(1, 2), num_classes=10),
-    "vector": dict(channel_mult=(1, 2), vector_dim=5),
+    "linear projection": {"linear_projection": True, "head_channels": 4},
+    "two levels": {"channel_mult": (1, 2), "attention_resolutions": (2,), "num_res_blocks": 1},
+    "three levels, no attention at the finest": {
+        "channel_mult": (1, 2, 3),
+        "attention_resolutions": (4, 2),
+        "num_res_blocks": 3,
+    },
+    "one level": {"channel_mult": (2,), "attention_resolutions": ()},
+    "two transformers deep": {"channel_mult": (1, 2), "transformer_depth": 2},
+    "classes": {"channel_mult": (1, 2), "num_classes": 10},
+    "vector": {"channel_mult": (1, 2), "vector_dim": 5},
     "adm": dict(channel_mult=(1, 2), **ADM),
     "adm, resampling inside residual blocks": dict(
         channel_mult=(1, 1, 2), resblock_updown=True, scale_shift_norm=True, qkv_order="qkv_first", **ADM
@@ -50,7 +52,11 @@ CONFIGS: dict[str, Config] = {name: UNetConfig(**{**SMALL, **values}) for name, 
         ("sd15-autoencoder", AutoencoderConfig(), compvis.AUTOENCODER_PREFIX),
         ("sd15-text", TextConfig(), compvis.TRANSFORMERS_PREFIX),
         ("sd15-inpainting-unet", UNetConfig(in_channels=9), compvis.UNET_PREFIX),
-        ("sd21-unet", UNetConfig(context_dim=1024, head_channels=64, linear_projection=True), compvis.UNET_PREFIX),
+        (
+            "sd21-unet",
+            UNetConfig(context_dim=1024, head_channels=64, linear_projection=True),
+            compvis.UNET_PREFIX,
+        ),
     ],
 )
 def test_names_and_shapes_are_those_of_real_checkpoints(name: str, config: Config, prefix: str) -> None:
@@ -93,7 +99,9 @@ def test_round_trip_is_bit_equal(name: str, table: str) -> None:
     assert_close(back, ours, rtol=0, atol=0)
     load_strict(build(config), back, "the round trip")
     assert_close(to_theirs(back, config), theirs, rtol=0, atol=0)
-    assert sum(tensor.numel() for tensor in theirs.values()) == sum(tensor.numel() for tensor in ours.values())
+    assert sum(tensor.numel() for tensor in theirs.values()) == sum(
+        tensor.numel() for tensor in ours.values()
+    )
 
 
 def test_irregular_places_of_the_upsamplers() -> None:
@@ -126,7 +134,9 @@ def test_unknown_missing_and_misshapen_tensors_reach_the_strict_loader() -> None
     theirs = compvis.to_compvis(random_tensors(config), config)
     theirs["loss.logvar"] = theirs.pop("encoder.conv_in.bias")
     theirs["decoder.conv_out.weight"] = theirs["decoder.conv_out.weight"][:2]
-    with pytest.raises(ValueError, match="1 missing: encoder.conv_in.bias; 1 unexpected: loss.logvar; 1 wrong shape"):
+    with pytest.raises(
+        ValueError, match="1 missing: encoder.conv_in.bias; 1 unexpected: loss.logvar; 1 wrong shape"
+    ):
         load_strict(AutoencoderKL(config), compvis.to_ours(theirs, config), "the file")
 
 

@@ -8,13 +8,12 @@ unit variance).
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import to_dict
-from ldm.device import pick_device
+from ldm.device import pick_device, place
 from ldm.losses.adversarial import PatchDiscriminator, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm.losses.autoencoding import ADAPTIVE_LIMIT, AutoencoderLossConfig, kl_loss, reconstruction_loss
 from ldm.losses.perceptual import load_lpips
@@ -26,8 +25,6 @@ from ldm.weights.io import save_weights
 from sample.images import save_grid
 from train.data import DataConfig, batch_indices, load_images, to_float
 from train.loop import Player, RunConfig
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -72,23 +69,20 @@ class AutoencoderTask:
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         model = AutoencoderKL(config.autoencoder)
         initialise(model)
-        self.model = self._place(model)
+        self.model = place(model, self.device)
         self.players = {"model": Player(self.model, self.loss)}
         if config.loss.perceptual_weight:
-            self.perceptual = self._place(load_lpips(config.loss.perceptual_weights))
+            self.perceptual = place(load_lpips(config.loss.perceptual_weights), self.device)
         if config.loss.adversarial_weight:
             torch.manual_seed(derive(config.run.seed, "discriminator"))
             channels = config.autoencoder.in_channels
-            self.discriminator = self._place(PatchDiscriminator(config.loss.discriminator, channels))
+            self.discriminator = place(PatchDiscriminator(config.loss.discriminator, channels), self.device)
             self.players["discriminator"] = Player(
                 self.discriminator,
                 self.discriminator_loss,
                 averaged=False,
                 starts_at=config.loss.adversarial_start,
             )
-
-    def _place(self, module: Module) -> Module:
-        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def batch(self, step: int, part: int) -> Tensor:
         """Images (b, 3, H, W) in [-1, 1] of one part of the batch of `step`."""

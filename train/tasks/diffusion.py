@@ -8,16 +8,16 @@ UNet. The finished run writes a model folder for `ldm-sample`.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ldm.device import pick_device
+from ldm.device import pick_device, place
 from ldm.diffusion.loss import LossConfig, diffusion_loss
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
-from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
@@ -87,39 +87,45 @@ class DiffusionTask:
     def __init__(self, config: DiffusionTaskConfig):
         self.config = config
         self.device = pick_device(config.run.device)
-        self.autoencoder = self._frozen(config.autoencoder)
+        self.autoencoder = place(load_autoencoder(Path(config.autoencoder)), self.device)
+        self.autoencoder.requires_grad_(False).eval()
         self.schedule = Schedule(config.diffusion)
         check_fit(config.unet, self.autoencoder.config, config.text)
         self._check_size()
         self.tokenizer = Tokenizer(config.text.context_length, config.text.padding) if config.text else None
-        self.data = self._latents("train")
-        self.heldout = self._latents("heldout_image")
+        self.images = load_images(config.data, "train")
+        self.heldout_images = load_images(config.data, "heldout_image")
         self.empty = self.tokenizer([""]) if self.tokenizer else None  # (1, T)
         torch.manual_seed(derive(config.run.seed, "initialisation"))
-        networks = nn.ModuleDict({"unet": UNet(config.unet)})
-        if config.text is not None:
-            networks["text_encoder"] = TextEncoder(config.text)
-        self.networks = networks.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.unet = place(UNet(config.unet), self.device)
+        self.text_encoder = None if config.text is None else place(TextEncoder(config.text), self.device)
+        self.networks = nn.ModuleDict({"unet": self.unet})
+        if self.text_encoder is not None:
+            self.networks["text_encoder"] = self.text_encoder
         self.players = {"model": Player(self.networks, self.loss)}
-
-    def _frozen(self, path: str) -> AutoencoderKL:
-        autoencoder = load_autoencoder(Path(path)).requires_grad_(False).eval()
-        return autoencoder.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _check_size(self) -> None:
         size, latent, factor = self.config.data.size, self.config.unet.sample_size, self.autoencoder.factor
         if size != latent * factor:
             raise ValueError(
-                f"data.size is {size}, but unet.sample_size {latent} times the autoencoder's factor {factor} is "
-                f"{latent * factor}: make them equal"
+                f"data.size is {size}, but must be unet.sample_size times the autoencoder's factor: "
+                f"{latent} x {factor} = {latent * factor}"
             )
 
-    def _latents(self, split: str) -> LatentSet:
-        images = load_images(self.config.data, split)
-        pixels, captions = images.pixels, images.captions
-        if split != "train":
-            pixels, captions = pixels[: self.config.validation_size], captions[: self.config.validation_size]
-        mean, std = cached_moments(Path(self.config.run.out) / "cache", split, pixels, self.autoencoder)
+    @cached_property
+    def data(self) -> LatentSet:
+        """The training set, encoded when it is first asked for: a dry run writes no cache."""
+        return self._encoded("train", self.images.pixels, self.images.captions)
+
+    @cached_property
+    def heldout(self) -> LatentSet:
+        images, first = self.heldout_images, slice(self.config.validation_size)
+        return self._encoded(
+            "heldout", self.heldout_images.pixels[first], self.heldout_images.captions[first]
+        )
+
+    def _encoded(self, name: str, pixels: Tensor, captions: list[str]) -> LatentSet:
+        mean, std = cached_moments(Path(self.config.run.out) / "cache", name, pixels, self.autoencoder)
         return LatentSet(mean, std, self.tokenizer(captions) if self.tokenizer else None)
 
     def _draw(self, data: LatentSet, rows: Tensor, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,15 +138,12 @@ class DiffusionTask:
 
     def _losses(self, x0: Tensor, t: Tensor, noise: Tensor, ids: Tensor | None) -> Tensor:
         """The loss of each sample, (B,)."""
-        unet = self.networks["unet"]
-        context = self.networks["text_encoder"](ids.to(self.device)) if ids is not None else None
+        context = None
+        if self.text_encoder is not None and ids is not None:
+            context = self.text_encoder(ids.to(self.device))
+        x0, noise = x0.to(self.device), noise.to(self.device)
         return diffusion_loss(
-            lambda x_t, t: unet(x_t, t, context),
-            x0.to(self.device),
-            t,
-            noise.to(self.device),
-            self.schedule,
-            self.config.loss,
+            lambda x_t, t: self.unet(x_t, t, context), x0, t, noise, self.schedule, self.config.loss
         )
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
@@ -149,11 +152,8 @@ class DiffusionTask:
         x0, t, noise = self._draw(self.data, rows, "train", step, part)
         ids = self.data.ids[rows] if self.data.ids is not None else None
         if ids is not None:
-            dropped = (
-                torch.rand(len(rows), generator=generator(run.seed, "caption", step, part))
-                < self.config.caption_dropout
-            )
-            ids = torch.where(dropped[:, None], cast(Tensor, self.empty), ids)
+            chance = torch.rand(len(rows), generator=generator(run.seed, "caption", step, part))
+            ids = torch.where((chance < self.config.caption_dropout)[:, None], cast(Tensor, self.empty), ids)
         return self._losses(x0, t, noise, ids).mean(), {}
 
     def validate(self) -> dict[str, float]:
@@ -170,9 +170,8 @@ class DiffusionTask:
 
     def pipeline(self) -> Pipeline:
         """The model as it stands, ready to sample; shares the weights in training."""
-        text_encoder = self.networks["text_encoder"] if self.config.text is not None else None
         return Pipeline(
-            self.networks["unet"], self.autoencoder, text_encoder, self.config.diffusion, device=self.device
+            self.unet, self.autoencoder, self.text_encoder, self.config.diffusion, device=self.device
         )
 
     def preview(self, path: Path) -> None:
