@@ -14,7 +14,7 @@ latent, decoded): they are checked before anything is measured.
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row, Timing, alternate, machine, main, make_parser, report
+from benchmarks.common import Row, Timing, alternate, execute, machine, make_parser, report
 from ldm.config import find_config, load_config
 from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
@@ -33,7 +33,9 @@ from train.data import DataConfig, load_images, to_float
 from train.tasks.autoencoder import AutoencoderTaskConfig
 
 BAR = 30.0  # dB, of ours on held-out pictures
-GOLDEN_TOLERANCE = 1e-3  # largest absolute difference; the weights are in half precision, the network in single
+GOLDEN_TOLERANCE = (
+    1e-3  # largest absolute difference; the weights are in half precision, the network in single
+)
 
 
 class FirstStage(NamedTuple):
@@ -117,7 +119,9 @@ def row(stage: FirstStage, images: Tensor, styles: list[str], encoding: Timing, 
 def ours(autoencoder: AutoencoderKL, name: str) -> FirstStage:
     """The mode of the posterior, unscaled: the scale of the latents takes no part."""
     autoencoder.eval().requires_grad_(False)
-    return FirstStage(name, lambda images: autoencoder.encode(images).mode(), autoencoder.decode, size(autoencoder))
+    return FirstStage(
+        name, lambda images: autoencoder.encode(images).mode(), autoencoder.decode, size(autoencoder)
+    )
 
 
 def tiny() -> tuple[AutoencoderKL, Tensor]:
@@ -164,7 +168,7 @@ def taef2_network(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> Any
     """
     from diffusers import AutoencoderTiny
 
-    network = AutoencoderTiny(latent_channels=encoder["14.weight"].shape[0])
+    network: Any = AutoencoderTiny(latent_channels=encoder["14.weight"].shape[0])
     # The original's decoder begins with the clamp, which is no layer of AutoencoderTiny's.
     weights = {f"encoder.layers.{name}": tensor for name, tensor in encoder.items()}
     weights |= {
@@ -189,7 +193,9 @@ def taef2_network(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> Any
 def check_golden(stage: FirstStage, path: Path) -> None:
     """Raises FileNotFoundError, or ValueError where known inputs do not give the known outputs."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; without it nothing shows that the weights are loaded right")
+        raise FileNotFoundError(
+            f"{path} does not exist; without it nothing shows that the weights are loaded right"
+        )
     golden = {name: torch.from_numpy(value) for name, value in np.load(path).items()}
     latent = stage.encode(golden["image"] * 2 - 1)
     decoded = (stage.decode(golden["latent"]) + 1) / 2
@@ -199,7 +205,7 @@ def check_golden(stage: FirstStage, path: Path) -> None:
             raise ValueError(f"{path}: {name} differs by {difference:.2g}, more than {GOLDEN_TOLERANCE}")
 
 
-def parse() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     parser = make_parser("autoencoder", "What first stages keep of held-out pictures.", rounds=3)
     parser.add_argument("--model", default="emoji", metavar="NAME|PATH", help="our model (%(default)s)")
     parser.add_argument("--data", metavar="DIR", help="folder that `ldm-train prepare` made")
@@ -210,5 +216,10 @@ def parse() -> argparse.ArgumentParser:
     return parser
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this benchmark; returns the exit status."""
+    return execute(options(), measure, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main("autoencoder", parse(), measure))
+    sys.exit(main())

@@ -5,6 +5,7 @@ but in turns, A B A B, and compared round by round: `ratio` is the median over r
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -16,10 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from sample.cli import Parser, run
 
 ROOT = Path(__file__).parent.parent
 Row = dict[str, Any]
+M = TypeVar("M", bound=nn.Module)
 LIBRARIES = ("torch", "diffusers", "transformers")
 
 
@@ -58,8 +60,12 @@ def start(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def main(name: str, parser: Parser, measure: Callable[[argparse.Namespace], None], argv: Any = None) -> int:
-    """Parse and measure; what a user can cause becomes one line and exit status 2."""
+def execute(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse and measure; returns the exit status: 2, after one line, for what a user can cause."""
     args = parser.parse_args(argv)
 
     def body() -> int:
@@ -67,7 +73,7 @@ def main(name: str, parser: Parser, measure: Callable[[argparse.Namespace], None
         measure(args)
         return 0
 
-    return run(f"benchmarks.{name}", body)
+    return run(parser.prog, body)
 
 
 # --- time ---------------------------------------------------------------------------------------------------
@@ -75,10 +81,14 @@ def main(name: str, parser: Parser, measure: Callable[[argparse.Namespace], None
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each round, and what the last one returned."""
+    """Seconds of each round, what the last one returned, and seconds of processor time in each round.
+
+    Processor time, summed over threads, tells a side that waited for other processes from one that worked.
+    """
 
     seconds: list[float]
-    result: Any
+    result: Any = None
+    cpu: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -93,14 +103,16 @@ class Timing:
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
     """Call every side once a round, in the given order; `warmup` rounds before are not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     results: dict[str, Any] = {}
     for i in range(warmup + rounds):
         for name, call in sides.items():
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             results[name] = call()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: Timing(seconds[name], results[name]) for name in sides}
+                cpu[name].append(time.process_time() - worked)
+    return {name: Timing(seconds[name], results[name], cpu[name]) for name in sides}
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
@@ -152,10 +164,8 @@ def memory_of(build: Callable[[], Callable[[], Any]], calls: int = 2) -> dict[st
     before = _memory("VmRSS")
     call = build()
     gc.collect()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the highest memory so far
-    except OSError:
-        pass
     for _ in range(calls):
         call()
     return {"before": before, "peak": _memory("VmHWM")}
@@ -236,7 +246,11 @@ def report(
 
 def table(rows: list[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
     """Markdown."""
-    lines = [list(columns), ["---"] * len(columns), *[[show(row) for show in columns.values()] for row in rows]]
+    lines = [
+        list(columns),
+        ["---"] * len(columns),
+        *[[show(row) for show in columns.values()] for row in rows],
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -250,6 +264,8 @@ def timings(ours: Timing, theirs: Timing) -> Row:
         "diffusers": str(theirs),
         "ours_rounds": ours.seconds,
         "diffusers_rounds": theirs.seconds,
+        "ours_cpu_rounds": ours.cpu,
+        "diffusers_cpu_rounds": theirs.cpu,
     }
 
 
@@ -257,7 +273,7 @@ def timings(ours: Timing, theirs: Timing) -> Row:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> nn.Module:
+def randomise(module: M) -> M:
     """Random values where the constructor left zeros, so that every weight has a say in the output."""
     for parameter in module.parameters():
         if not parameter.any():

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,8 +31,8 @@ from benchmarks.common import (
     Row,
     Timing,
     alternate,
+    execute,
     machine,
-    main,
     make_parser,
     randomise,
     report,
@@ -111,7 +111,7 @@ def cold(folder: Path, scratch: Path, args: argparse.Namespace) -> Row:
         seconds.append(time.perf_counter() - began)
         if done.returncode:
             raise ValueError(f"ldm-sample failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    timing = Timing(seconds, None)
+    timing = Timing(seconds)
     return {
         "what": "cold start, the whole command",
         "ours_seconds": timing.median,
@@ -146,8 +146,8 @@ def warm(pipe: Pipeline, args: argparse.Namespace) -> Row:
         return call
 
     def ours() -> Tensor:
-        how = dict(seed=args.seed, steps=args.steps, guidance=args.guidance, batch=PICTURES)
-        return pipe.txt2img([PROMPT] * PICTURES, sampler="ddim", **how)
+        prompts = [PROMPT] * PICTURES
+        return pipe.txt2img(prompts, seed=args.seed, steps=args.steps, guidance=args.guidance, batch=PICTURES)
 
     def diffusers() -> Tensor:
         noise = pipe.noise(pipe.latent_shape(), *[(args.seed, "image", i) for i in range(PICTURES)])
@@ -189,15 +189,22 @@ def shares(name: str, timing: Timing, splits: list[dict[str, float]]) -> Row:
     return row
 
 
-def parse() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     parser = make_parser("sampling", "From a prompt to four pictures, beside diffusers.", rounds=5)
     parser.add_argument("--model", default="emoji", metavar="NAME|PATH|random", help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=7.5, help="guidance scale (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of the pictures (%(default)s)")
-    parser.add_argument("--cold", type=int, default=3, metavar="N", help="cold starts, 0 for none (%(default)s)")
+    parser.add_argument(
+        "--cold", type=int, default=3, metavar="N", help="cold starts, 0 for none (%(default)s)"
+    )
     return parser
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this benchmark; returns the exit status."""
+    return execute(options(), measure, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main("sampling", parse(), measure))
+    sys.exit(main())

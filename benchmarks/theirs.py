@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoder
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import nn
 
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
@@ -20,8 +19,8 @@ SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "sq
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def unet_of(config: UNetConfig) -> UNet2DConditionModel:
-    """A text-conditioned UNet of this configuration, freshly initialised."""
+def unet_of(config: UNetConfig) -> Any:
+    """A UNet2DConditionModel: a text-conditioned UNet of this configuration, freshly initialised."""
     extras = (config.num_classes, config.vector_dim, config.scale_shift_norm, config.resblock_updown)
     if config.attention != "transformer" or config.context_dim is None or any(extras):
         raise ValueError(f"only plain text-conditioned UNets are compared with diffusers, not {config}")
@@ -44,15 +43,15 @@ def unet_of(config: UNetConfig) -> UNet2DConditionModel:
     )
 
 
-def unet(ours: UNet) -> UNet2DConditionModel:
-    """`ours` with its own copy of the weights, in the same mode."""
+def unet(ours: UNet) -> Any:
+    """`ours` as UNet2DConditionModel, with its own copy of the weights, in the same mode."""
     with torch.device("meta"):
         theirs = unet_of(ours.config)
     return equal(theirs, ours)
 
 
-def autoencoder(ours: AutoencoderKL) -> DiffusersAutoencoder:
-    """`ours` with its own copy of the weights, in the same mode."""
+def autoencoder(ours: AutoencoderKL) -> Any:
+    """`ours` as diffusers' AutoencoderKL, with its own copy of the weights, in the same mode."""
     config = ours.config
     kinds = ["Attn" if i in config.attention_levels else "" for i in range(len(config.channel_mult))]
     with torch.device("meta"):
@@ -72,9 +71,11 @@ def autoencoder(ours: AutoencoderKL) -> DiffusersAutoencoder:
     return equal(theirs, ours)
 
 
-def equal(theirs: Any, ours: nn.Module) -> Any:
+def equal(theirs: Any, ours: UNet | AutoencoderKL) -> Any:
     """Copies of the weights of `ours` in `theirs`, strictly; its mode and what it trains too."""
-    translated = to_diffusers({name: tensor.clone() for name, tensor in ours.state_dict().items()}, ours.config)
+    translated = to_diffusers(
+        {name: tensor.clone() for name, tensor in ours.state_dict().items()}, ours.config
+    )
     theirs.load_state_dict(translated, strict=True, assign=True)
     theirs.requires_grad_(next(ours.parameters()).requires_grad)
     return theirs.train(ours.training)

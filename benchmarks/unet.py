@@ -12,7 +12,7 @@ process of its own that holds one model, less what it held before building it.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from benchmarks.common import (
     Row,
     alternate,
+    execute,
     in_fresh_process,
     machine,
-    main,
     make_parser,
     memory_of,
     randomise,
@@ -80,8 +80,8 @@ def measure(args: argparse.Namespace) -> None:
         ]
     else:
         kinds = ["call", "training step"] if SIZES[args.size].training_batch else ["call"]
-        options = itertools.product(kinds, [args.size], args.precision, args.layout)
-        cases = [Case(*option) for option in options]
+        chosen = itertools.product(kinds, [args.size], args.precision, args.layout)
+        cases = [Case(*parts) for parts in chosen]
     described = machine(args.quick)  # before the load is our own
     rows = []
     for i, case in enumerate(cases, start=1):
@@ -120,9 +120,10 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(memory_format=LAYOUTS[case.layout]), t, context
 
 
-def ready(module: nn.Module, case: Case) -> Any:
+def ready(module: Any, case: Case) -> Any:
+    """A module in the mode and memory layout of the case."""
     module = module.train(case.kind != "call").requires_grad_(case.kind != "call")
-    return module.to(memory_format=LAYOUTS[case.layout])  # type: ignore[call-overload]
+    return module.to(memory_format=LAYOUTS[case.layout])
 
 
 def network(module: Any) -> Network:
@@ -181,12 +182,17 @@ def timed(case: Case, rounds: int, warmup: int) -> Row:
     return {"difference": difference, **timings(measured["ours"], measured["diffusers"])}
 
 
-def gradient_difference(ours: UNet, theirs: nn.Module) -> float:
+def gradient_difference(ours: UNet, theirs: Any) -> float:
     """|ours - theirs| / |theirs| over all parameters, of the gradients both hold."""
-    own = to_diffusers({name: weight.grad for name, weight in ours.named_parameters()}, ours.config)
-    pairs = [(own[name], weight.grad) for name, weight in theirs.named_parameters()]
+    own = to_diffusers(gradients(ours), ours.config)
+    pairs = [(own[name], gradient) for name, gradient in gradients(theirs).items()]
     difference = torch.stack([(a - b).norm() for a, b in pairs]).norm()
     return float(difference / torch.stack([b.norm() for _, b in pairs]).norm())
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The gradient of each parameter."""
+    return {name: weight.grad for name, weight in module.named_parameters() if weight.grad is not None}
 
 
 def peaks(case: Case) -> Row:
@@ -212,7 +218,7 @@ def memory(side: str, case: list[str], threads: int) -> dict[str, float]:
     return memory_of(lambda: step(ready(theirs.unet_of(config), chosen), chosen))
 
 
-def parse() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     parser = make_parser("unet", "Our UNet beside diffusers' on equal weights.", rounds=10)
     parser.add_argument("--size", default="emoji", choices=["emoji", "sd15"], help="which UNet (%(default)s)")
     parser.add_argument(
@@ -225,11 +231,14 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="memory layouts (both)"
     )
-    parser.add_argument(
-        "--no-memory", dest="memory", action="store_false", help="leave out the peak memory"
-    )
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     return parser
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this benchmark; returns the exit status."""
+    return execute(options(), measure, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main("unet", parse(), measure))
+    sys.exit(main())

@@ -61,9 +61,54 @@ class Fidelity:
     median_rank: float
 
 
+@dataclass(frozen=True)
+class Question:
+    """Rows to sample, `queries`; and which of the training rows are right, which allowed as the nearest."""
+
+    name: str
+    train: list[int]
+    queries: list[int]
+    right: Tensor  # (queries, train), bool: shows the concept
+    allowed: Tensor  # likewise: has the style, or one of the others
+
+    @classmethod
+    def ask(
+        cls, name: str, rows: list[Picture], train: list[int], queries: list[int], *, same_style: bool
+    ) -> "Question":
+        """Raises ValueError for a row whose concept none of the allowed training rows shows."""
+        shape = (len(queries), len(train))
+        right = torch.tensor([rows[i].concept == rows[q].concept for q in queries for i in train])
+        style = torch.tensor([rows[i].style == rows[q].style for q in queries for i in train])
+        right, allowed = right.reshape(shape).bool(), style.reshape(shape).bool() == same_style
+        for query, answerable in zip(queries, (right & allowed).any(dim=1), strict=True):
+            if not answerable:
+                raise ValueError(
+                    f"{rows[query].file_name}: no training picture of its concept {rows[query].concept!r} "
+                    "to compare with"
+                )
+        return cls(name, train, queries, right, allowed)
+
+    def measure(self, images: Tensor, samples: Tensor) -> tuple[Fidelity, list[int]]:
+        """How many of `samples`, one a query, are right; and the row nearest to each. images: of all rows."""
+        candidates = thumbnails(images[self.train])
+        distance = distances(thumbnails(samples), candidates)
+        ranks = nearest_ranks(distance, self.allowed, self.right)
+        real = nearest_ranks(
+            distances(thumbnails(images[self.queries]), candidates), self.allowed, self.right
+        )
+        fidelity = Fidelity(
+            count=len(self.queries),
+            right=float((ranks == 0).float().mean()),
+            chance=float(((self.right & self.allowed).sum(dim=1) / self.allowed.sum(dim=1)).mean()),
+            real=float((real == 0).float().mean()),
+            median_rank=float(ranks.float().median()),
+        )
+        nearest = distance.masked_fill(~self.allowed, torch.inf).argmin(dim=1)
+        return fidelity, [self.train[i] for i in nearest.tolist()]
+
+
 def run(args: argparse.Namespace) -> None:
-    """Measure, print a short table, write `evaluation.json` and a grid. Raises ValueError and OSError in
-    one line."""
+    """Measure, print a short table, write `evaluation.json` and a grid."""
     if args.captions < 1:
         raise ValueError(f"--captions must be at least 1, got {args.captions}")
     out = output_folder(args.out)
@@ -74,16 +119,19 @@ def run(args: argparse.Namespace) -> None:
     train = [i for i, row in enumerate(rows) if row.split == "train"]
     pairs = [i for i, row in enumerate(rows) if row.split == "heldout_pair"]
     heldout = [i for i, row in enumerate(rows) if row.split == "heldout_image"]
-    captions = pick(train, args.captions, args.seed)
+    questions = [
+        Question.ask("train", rows, train, pick(train, args.captions, args.seed), same_style=True),
+        Question.ask("heldout_pair", rows, train, pairs, same_style=False),
+    ]
     results: dict[str, Any] = {"heldout_psnr": autoencoder_psnr(pipe, images[heldout]) if heldout else None}
     shown: list[Image.Image] = []
-    for name, queries, same_style in (("train", captions, True), ("heldout_pair", pairs, False)):
-        if not queries:
-            results[name] = None
+    for question in questions:
+        if not question.queries:
+            results[question.name] = None
             continue
-        samples = sample(pipe, [rows[i].text for i in queries], args)
-        fidelity, nearest = measure(rows, images, train, queries, samples, same_style)
-        results[name] = asdict(fidelity)
+        samples = sample(pipe, [rows[i].text for i in question.queries], args)
+        fidelity, nearest = question.measure(images, samples)
+        results[question.name] = asdict(fidelity)
         for picture, neighbour in zip(samples[:SHOWN], images[nearest[:SHOWN]], strict=True):
             shown += to_pil(torch.stack([picture, neighbour]))
     settings = {
@@ -164,41 +212,6 @@ def autoencoder_psnr(pipe: Pipeline, images: Tensor) -> float:
         decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(part.to(weight)).mode())
         values.append(psnr(part, decoded.cpu()))
     return float(torch.cat(values).mean())
-
-
-def measure(
-    rows: list[Picture],
-    images: Tensor,
-    train: list[int],
-    queries: list[int],
-    samples: Tensor,
-    same_style: bool,
-) -> tuple[Fidelity, list[int]]:
-    """Fidelity of `samples` to the rows `queries` that they were prompted by; and the row nearest to each.
-
-    The nearest is looked for among the rows `train` of the same style, or of all the others.
-    """
-    right = torch.tensor([[rows[i].concept == rows[q].concept for i in train] for q in queries])  # (Q, N)
-    allowed = torch.tensor([[(rows[i].style == rows[q].style) == same_style for i in train] for q in queries])
-    answerable = (right & allowed).any(dim=1)
-    if not answerable.all():
-        lost = rows[queries[int((~answerable).nonzero()[0])]]
-        raise ValueError(
-            f"{lost.file_name}: no training picture of its concept {lost.concept!r} to compare with"
-        )
-    candidates = thumbnails(images[train])
-    distance = distances(thumbnails(samples), candidates)
-    ranks = nearest_ranks(distance, allowed, right)
-    real = nearest_ranks(distances(thumbnails(images[queries]), candidates), allowed, right)
-    fidelity = Fidelity(
-        count=len(queries),
-        right=float((ranks == 0).float().mean()),
-        chance=float(((right & allowed).sum(dim=1) / allowed.sum(dim=1)).mean()),
-        real=float((real == 0).float().mean()),
-        median_rank=float(ranks.float().median()),
-    )
-    nearest = distance.masked_fill(~allowed, torch.inf).argmin(dim=1)
-    return fidelity, [train[i] for i in nearest.tolist()]
 
 
 def table(results: dict[str, Any]) -> str:

@@ -44,6 +44,7 @@ class DataConfig:
     path: the folder. size: side of the square images in pixels. strict: a picture that cannot be read is an
     error; else it is skipped with a warning. caption_column: the column of metadata.jsonl with the captions.
     heldout: share of the pictures kept from training where metadata.jsonl has no column "split".
+    concepts: train on the pictures of these alone (column "concept"); empty takes all.
     """
 
     path: str
@@ -51,6 +52,7 @@ class DataConfig:
     strict: bool = False
     caption_column: str = "text"
     heldout: float = 0.02
+    concepts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -103,9 +105,8 @@ class ImageFolder(Dataset[tuple[Tensor, str]]):
     def __init__(self, config: DataConfig, split: str | None = None):
         self.config = config
         self.root = Path(config.path).expanduser()
-        self.entries = _select(
-            list_images(self.root, config.caption_column), split, config.heldout, self.root
-        )
+        entries = _select(list_images(self.root, config.caption_column), split, config.heldout, self.root)
+        self.entries = _of_concepts(entries, config.concepts, self.root) if split == "train" else entries
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -277,6 +278,14 @@ def _select(entries: list[Entry], split: str | None, heldout: float, root: Path)
     count = min(math.ceil(heldout * len(names)), len(set(names)) - 1)  # one at least is for training
     held = set(sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
     return [entry for entry, name in zip(entries, names, strict=True) if (name in held) != (split == "train")]
+
+
+def _of_concepts(entries: list[Entry], concepts: tuple[str, ...], root: Path) -> list[Entry]:
+    """The entries that show one of `concepts`; all where none is named. Raises ValueError for one without any."""
+    unknown = set(concepts) - {entry.concept for entry in entries}
+    if unknown:
+        raise ValueError(f"{root}: no training picture of data.concepts {', '.join(sorted(unknown)[:5])}")
+    return [entry for entry in entries if not concepts or entry.concept in concepts]
 
 
 # --- one picture --------------------------------------------------------------------------------------------

@@ -23,9 +23,8 @@ class TextConfig:
     activation: "quick_gelu" (OpenAI) or "gelu" (OpenCLIP).
     skip_layers: 0 reads the last layer, 1 the penultimate one (Stable Diffusion 2).
     padding: "end" repeats the end token, "zero" pads with id 0 (Stable Diffusion 2).
-    zero_padding: hidden states behind the end token are zero. They then carry nothing, and since the tower is
-        causal it stops at the longest prompt of the batch; for models trained that way, not for Stable
-        Diffusion.
+    repeat_end: hidden states behind the end token repeat the end token's. They then carry nothing else, and
+        since the tower is causal it stops at the longest prompt of the batch; for models trained that way.
     """
 
     vocab_size: int = 49408
@@ -37,7 +36,7 @@ class TextConfig:
     activation: str = "quick_gelu"
     skip_layers: int = 0
     padding: str = "end"
-    zero_padding: bool = False
+    repeat_end: bool = False
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -114,10 +113,10 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         if ids.shape[1] > self.config.context_length:
             raise ValueError(f"text encoder takes {self.config.context_length} tokens, got {ids.shape[1]}")
-        if not self.config.zero_padding:
+        if not self.config.repeat_end:
             return self.final_norm(self.hidden(ids, self.config.skip_layers))
         ends = (ids == END_ID).int().argmax(dim=1)  # position of the first end token
         used = min(ids.shape[1], -(-(int(ends.max()) + 1) // 8) * 8)  # in steps of 8: few distinct shapes
         h = self.final_norm(self.hidden(ids[:, :used], self.config.skip_layers))
-        h = h * (torch.arange(used, device=ids.device) <= ends[:, None])[..., None]
-        return F.pad(h, (0, 0, 0, ids.shape[1] - used))  # (B, T, D)
+        positions = torch.minimum(torch.arange(ids.shape[1], device=ids.device), ends[:, None])  # (B, T)
+        return h[torch.arange(len(ids), device=ids.device)[:, None], positions]  # (B, T, D)

@@ -120,9 +120,7 @@ class DiffusionTask:
     @cached_property
     def heldout(self) -> LatentSet:
         images, first = self.heldout_images, slice(self.config.validation_size)
-        return self._encoded(
-            "heldout", self.heldout_images.pixels[first], self.heldout_images.captions[first]
-        )
+        return self._encoded("heldout", images.pixels[first], images.captions[first])
 
     def _encoded(self, name: str, pixels: Tensor, captions: list[str]) -> LatentSet:
         mean, std = cached_moments(Path(self.config.run.out) / "cache", name, pixels, self.autoencoder)
