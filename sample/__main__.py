@@ -64,6 +64,11 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         help="the images the model was trained on, with metadata.jsonl",
     )
     command.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help="training config of the model, where it was trained on data.concepts alone",
+    )
+    command.add_argument(
         "--captions", type=int, default=200, help="training captions to sample (%(default)s)"
     )
     command.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")

@@ -8,8 +8,10 @@ the picture is right where the nearest training picture shows the concept. Three
                          training pictures of the other styles: nothing there was ever called by this caption
     autoencoder PSNR     of the pictures kept from training (split "heldout_image"), from the posterior's mode
 
-Beside the share of right ones stand `chance`, that of a picture drawn blindly, and `real`, that of the
-caption's real picture: what the measure would say of a model that is never wrong.
+A model that was trained on some concepts alone (`data.concepts` of its training config) is asked for those;
+what its pictures are compared with stays the whole set. Beside the share of right ones stand `chance`, that
+of a picture drawn blindly, and `real`, that of the caption's real picture: what the measure would say of a
+model that is never wrong.
 """
 
 import argparse
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.config import find_config
 from ldm.device import pick_dtype
 from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
 from ldm.seeding import generator
@@ -117,10 +121,14 @@ def run(args: argparse.Namespace) -> None:
     side = pipe.latent_shape()[1] * pipe.autoencoder.factor
     images = read_images(Path(args.data).expanduser(), rows, side)
     train = [i for i, row in enumerate(rows) if row.split == "train"]
-    pairs = [i for i, row in enumerate(rows) if row.split == "heldout_pair"]
+    known = concepts_of(args.config) or {row.concept for row in rows}
+    taught = [i for i in train if rows[i].concept in known]
+    if not taught:
+        raise ValueError(f"{args.config}: {args.data} has no training picture of its data.concepts")
+    pairs = [i for i, row in enumerate(rows) if row.split == "heldout_pair" and row.concept in known]
     heldout = [i for i, row in enumerate(rows) if row.split == "heldout_image"]
     questions = [
-        Question.ask("train", rows, train, pick(train, args.captions, args.seed), same_style=True),
+        Question.ask("train", rows, train, pick(taught, args.captions, args.seed), same_style=True),
         Question.ask("heldout_pair", rows, train, pairs, same_style=False),
     ]
     results: dict[str, Any] = {"heldout_psnr": autoencoder_psnr(pipe, images[heldout]) if heldout else None}
@@ -148,6 +156,14 @@ def run(args: argparse.Namespace) -> None:
     print(table(results))
     print(out / "evaluation.json")
     print(save_new(grid(shown, columns=16), out, "evaluation-", 4, settings))
+
+
+def concepts_of(config: str | None) -> set[str]:
+    """`data.concepts` of a training config; empty where it names none, or where there is no config."""
+    if config is None:
+        return set()
+    concepts = OmegaConf.select(OmegaConf.load(find_config(config)), "data.concepts")
+    return set(concepts or ())
 
 
 def read_rows(folder: Path) -> list[Picture]:

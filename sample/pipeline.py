@@ -163,7 +163,9 @@ class Pipeline:
         checked with the first step.
         """
         row = find_sampler(sampler)
-        sigmas = sigma_grid(self.schedule, row.spacing, steps)
+        # A model trained down to pure noise must be started there (Lin et al. 2023, section 3.3).
+        spacing = "trailing" if self.schedule.config.zero_terminal_snr else row.spacing
+        sigmas = sigma_grid(self.schedule, spacing, steps)
         shape = self.latent_shape(size)
         images = range(first, first + len(prompts))
         cond, uncond = self.conditioning(prompts), self.conditioning([negative] * len(prompts))

@@ -281,7 +281,10 @@ def _select(entries: list[Entry], split: str | None, heldout: float, root: Path)
 
 
 def _of_concepts(entries: list[Entry], concepts: tuple[str, ...], root: Path) -> list[Entry]:
-    """The entries that show one of `concepts`; all where none is named. Raises ValueError for one without any."""
+    """The entries that show one of `concepts`; all where none is named.
+
+    Raises ValueError for a concept that no entry shows.
+    """
     unknown = set(concepts) - {entry.concept for entry in entries}
     if unknown:
         raise ValueError(f"{root}: no training picture of data.concepts {', '.join(sorted(unknown)[:5])}")

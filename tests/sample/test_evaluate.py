@@ -148,6 +148,19 @@ def test_the_training_pictures_themselves_are_all_right(
     assert np.array_equal(pair[:, :32], pair[:, 34:])  # beside each picture its nearest: itself
 
 
+def test_only_the_concepts_of_the_config_are_asked_for(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretending(data, 0, monkeypatch)
+    config = tmp_path / "config.yaml"
+    config.write_text("data:\n  path: x\n  concepts: [thing 1, thing 29]\n")
+    assert evaluate(data, model, "--config", str(config)) == 0
+    found = results(data)["results"]
+    assert found["train"]["count"] == 3  # thing 1 in both styles, thing 29 in ink alone
+    assert found["heldout_pair"]["count"] == 1
+    assert found["train"]["chance"] < 1 / 15  # compared with the whole set all the same
+
+
 def test_pictures_of_other_concepts_are_all_wrong(
     data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,3 +407,25 @@ class TestOrder:
     def test_refuses_nonsense(self, arguments):
         with pytest.raises(ValueError, match="batch_indices needs"):
             batch_indices(*arguments)
+
+
+class TestConcepts:
+    def folder(self, root: Path) -> Path:
+        for number in range(4):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / f"{number}.png")
+        rows = [
+            {"file_name": f"{n}.png", "text": c, "concept": c, "split": "heldout_pair" if n == 2 else "train"}
+            for n, c in enumerate(("sun", "moon", "sun", "star"))
+        ]
+        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return root
+
+    def test_training_takes_the_named_ones_alone(self, tmp_path: Path) -> None:
+        config = DataConfig(str(self.folder(tmp_path)), size=8, concepts=("sun", "star"))
+        assert load_images(config, "train").concepts == ["sun", "star"]
+        assert load_images(config, "heldout_pair").concepts == ["sun"]
+
+    def test_one_without_pictures_is_an_error(self, tmp_path: Path) -> None:
+        config = DataConfig(str(self.folder(tmp_path)), size=8, concepts=("sun", "mars"))
+        with pytest.raises(ValueError, match="no training picture of data.concepts mars"):
+            load_images(config, "train")
