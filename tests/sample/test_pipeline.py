@@ -247,3 +247,12 @@ def test_nan_in_the_decoder_is_no_black_picture(build: Callable[..., Pipeline]) 
     broken.autoencoder.decoder.conv_out.bias.data[1] = torch.nan
     with pytest.raises(ValueError, match=r"decoding in torch\.float32 gave values that are not finite"):
         broken.txt2img("a", steps=2)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_zero_terminal_snr_starts_at_pure_noise(build: Callable[..., Pipeline], sampler: str) -> None:
+    pipe = build(DiffusionConfig(zero_terminal_snr=True, prediction="v"))
+    seen: list[float] = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1][0])))
+    assert torch.isfinite(pipe.txt2img([""], steps=4, sampler=sampler, guidance=1)).all()
+    assert seen == [999, 749, 499, 249]
