@@ -58,13 +58,13 @@ def measure(args: argparse.Namespace) -> None:
         raise ValueError(f"--cold must be at least 0, got {args.cold}")
     if args.quick:
         args.model, args.steps, args.cold = "random", 2, 1
-    described = machine(args.quick)  # before the load is our own
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         if args.model == "random":
             random_model("tiny" if args.quick else "emoji").save(folder)
         else:
             folder = find_model(args.model).resolve()
+        described = machine(args.quick)  # before the load is our own
         rows = [cold(folder, Path(scratch), args)] if args.cold else []
         rows.append(warm(Pipeline.load(folder, "cpu"), args))
     columns = {
