@@ -34,8 +34,6 @@ from train.tasks.autoencoder import AutoencoderTaskConfig
 
 BAR = 30.0  # dB, of ours on held-out pictures
 GOLDEN_TOLERANCE = 1e-4  # largest absolute difference; 3e-6 is what another order of summation makes
-    1e-3  # largest absolute difference; the weights are in half precision, the network in single
-)
 
 
 class FirstStage(NamedTuple):

@@ -117,8 +117,7 @@ def test_every_shipped_training_config_builds(name):
     with torch.device("meta"):
         if "unet" in keys:
             config = load_config(DiffusionTaskConfig, find_config(name))
-            UNet(config.unet)
-            if config.text is not None:
-                TextEncoder(config.text)
+            networks = [UNet(config.unet), *([TextEncoder(config.text)] if config.text else [])]
         else:
-            AutoencoderKL(load_config(AutoencoderTaskConfig, find_config(name)).autoencoder)
+            networks = [AutoencoderKL(load_config(AutoencoderTaskConfig, find_config(name)).autoencoder)]
+    assert all(parameter.is_meta for network in networks for parameter in network.parameters())
