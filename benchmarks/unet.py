@@ -207,15 +207,24 @@ def peaks(case: Case) -> Row:
 
 
 def memory(side: str, case: list[str], threads: int) -> dict[str, float]:
-    """MiB of this process before building one side's model and at the peak of its calls."""
+    """MiB of this process before building one side's model and at the peak of its calls.
+
+    A tiny model goes first: what torch imports or allocates once, at first use, is no cost of the model.
+    """
     torch.set_num_threads(threads)
     chosen = Case(*case)
-    config = config_of(chosen.size)
+    memory_of(partial(alone, side, chosen._replace(size="tiny")))
+    return memory_of(partial(alone, side, chosen))
+
+
+def alone(side: str, case: Case) -> Callable[[], Tensor]:
+    """The timed function of one side, without the other in memory."""
+    config = config_of(case.size)
     if side == "ours":
-        return memory_of(lambda: step(ready(UNet(config), chosen), chosen))
+        return step(ready(UNet(config), case), case)
     from benchmarks import theirs
 
-    return memory_of(lambda: step(ready(theirs.unet_of(config), chosen), chosen))
+    return step(ready(theirs.unet_of(config), case), case)
 
 
 def options() -> argparse.ArgumentParser:

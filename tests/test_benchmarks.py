@@ -53,7 +53,8 @@ def test_unet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call["difference"] < 1e-4  # float32, outputs of order 1
     assert training["difference"] < 0.05  # of gradients, in bfloat16
     for side in ("ours", "diffusers"):
-        assert 0 < call[f"{side}_mib"] < call[f"{side}_peak_mib"]
+        assert 0 <= call[f"{side}_mib"] < call[f"{side}_peak_mib"]
+        assert call[f"{side}_peak_mib"] > 100  # torch alone takes more
 
 
 def test_gradients_that_differ_are_told_apart() -> None:
