@@ -33,5 +33,5 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def place(module: Module, device: torch.device) -> Module:
-    """`module` on `device` with channels-last weights, in which convolutions train faster."""
+    """`module` on `device` with channels-last weights, the layout that the autoencoders train in."""
     return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -46,7 +46,7 @@ def initialise(model: AutoencoderKL) -> None:
 
     Orthogonal convolutions keep the scale of the signal through the layers (PyTorch's default shrinks it at
     each), residual branches start at zero, and the posterior starts narrow (standard deviation 0.05, not 1: a
-    tiny KL weight leads there anyway). On the emoji set, 120 steps of 4 images then reach 17.7 dB, not 15.4.
+    tiny KL weight leads there anyway).
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
