@@ -168,11 +168,13 @@ def loop(
     unet: Any, scheduler: Any, vae: Any, noise: Tensor, context: Tensor, steps: int, guidance: float
 ) -> Tensor:
     """Text to image with diffusers' parts; context is [uncond, cond]. Images (B, 3, H, W) in [-1, 1]."""
+    from benchmarks.theirs import predict
+
     scheduler.set_timesteps(steps)
     latents = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         x = scheduler.scale_model_input(torch.cat([latents] * 2), t)
-        uncond, cond = unet(x, t, encoder_hidden_states=context, return_dict=False)[0].chunk(2)
+        uncond, cond = predict(unet, x, t, context).chunk(2)
         prediction = uncond + guidance * (cond - uncond)
         latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
     z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoder
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
@@ -21,9 +22,10 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 def unet_of(config: UNetConfig) -> Any:
     """A UNet2DConditionModel: a text-conditioned UNet of this configuration, freshly initialised."""
-    extras = (config.num_classes, config.vector_dim, config.scale_shift_norm, config.resblock_updown)
+    extras = (config.num_classes, config.vector_dim, config.resblock_updown)
     if config.attention != "transformer" or config.context_dim is None or any(extras):
-        raise ValueError(f"only plain text-conditioned UNets are compared with diffusers, not {config}")
+        raise ValueError(f"only text-conditioned UNets are compared with diffusers, not {config}")
+    pooled = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": config.context_dim}
     widths = tuple(config.model_channels * mult for mult in config.channel_mult)
     attends = [2**level in config.attention_resolutions for level in range(len(widths))]
     return UNet2DConditionModel(
@@ -40,7 +42,15 @@ def unet_of(config: UNetConfig) -> Any:
         use_linear_projection=config.linear_projection,
         norm_num_groups=config.norm_groups,
         dropout=config.dropout,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift_norm else "default",
+        **(pooled if config.pooled_context else {}),
     )
+
+
+def predict(unet: Any, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """What diffusers' UNet makes of the same inputs; the pooled context is an argument of its own there."""
+    pooled = context[:, -1] if unet.class_embedding is not None else None
+    return unet(x, t, encoder_hidden_states=context, class_labels=pooled, return_dict=False)[0]
 
 
 def unet(ours: UNet) -> Any:

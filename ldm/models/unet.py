@@ -26,8 +26,9 @@ class UNetConfig:
     attention_resolutions: downsampling factors at which there is attention. The middle block always has it.
     context_dim: width of the context for cross-attention; None for a model without ("adm" always).
     head_channels: channels of a head; where None, every attention has `num_heads` heads.
-    num_classes: class-conditional by an embedding table; vector_dim: conditioned on a vector by an MLP. At
-        most one of them.
+    num_classes: class-conditional by an embedding table; vector_dim: conditioned on a vector by an MLP;
+        pooled_context: that vector is the context's last token, which in a causal text tower has read the
+        whole prompt (Podell et al. 2023, SDXL, arXiv:2307.01952, section 2.1). At most one of the three.
     sample_size: side of the latents the model was trained on, the default size for sampling.
     """
 
@@ -46,6 +47,7 @@ class UNetConfig:
     qkv_order: str = "heads_first"
     num_classes: int | None = None
     vector_dim: int | None = None
+    pooled_context: bool = False
     scale_shift_norm: bool = False
     resblock_updown: bool = False
     norm_groups: int = 32
@@ -57,8 +59,10 @@ class UNetConfig:
             raise ValueError(f"UNet attention must be 'transformer' or 'adm', got {self.attention!r}")
         if self.qkv_order not in QKV_LAYOUTS:
             raise ValueError(f"UNet qkv_order must be {' or '.join(QKV_LAYOUTS)}, got {self.qkv_order!r}")
-        if self.num_classes is not None and self.vector_dim is not None:
-            raise ValueError("UNet takes classes (num_classes) or a vector (vector_dim), not both")
+        if (self.num_classes is not None) + (self.vector_dim is not None) + self.pooled_context > 1:
+            raise ValueError("UNet takes only one of classes (num_classes), vector_dim and pooled_context")
+        if self.pooled_context and self.context_dim is None:
+            raise ValueError("UNet pooled_context needs a context: context_dim is null")
         if self.attention == "adm" and self.context_dim is not None:
             raise ValueError(
                 f"UNet attention 'adm' takes no context: context_dim {self.context_dim} must be null"
@@ -101,6 +105,8 @@ class UNet(nn.Module):
             self.class_embedding = nn.Embedding(config.num_classes, time_dim)
         elif config.vector_dim is not None:
             self.class_embedding = TimestepEmbedding(config.vector_dim, time_dim)
+        elif config.pooled_context and config.context_dim is not None:
+            self.class_embedding = TimestepEmbedding(config.context_dim, time_dim)
 
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         skips = [width]  # channels of each tensor handed over to the way up
@@ -154,7 +160,7 @@ class UNet(nn.Module):
         where context or y is missing, unexpected or of the wrong width.
         """
         self._check(x, context)
-        emb = self.embed(t, y)
+        emb = self.embed(t, self._pooled(context, y))
         h = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:
@@ -168,6 +174,14 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block(h, skips, emb, context)
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    def _pooled(self, context: Tensor | None, y: Tensor | None) -> Tensor | None:
+        """The vector for `embed`: the context's last token where this UNet reads it, else `y`."""
+        if not self.config.pooled_context or context is None:
+            return y
+        if y is not None:
+            raise ValueError("this UNet takes no class or vector y: it reads the context's last token")
+        return context[:, -1]  # (B, D)
 
     def _check(self, x: Tensor, context: Tensor | None) -> None:
         config = self.config

@@ -127,6 +127,16 @@ def test_class_and_vector_conditioning() -> None:
     assert not torch.allclose(first, second, atol=1e-4)
 
 
+def test_pooled_context_is_the_last_token_as_a_vector() -> None:
+    pooled = randomised(UNet(UNetConfig(**SMALL, pooled_context=True)))
+    vector = UNet(UNetConfig(**SMALL, vector_dim=12)).eval()
+    vector.load_state_dict(pooled.state_dict())
+    x, t, context = inputs()
+    assert_close(pooled(x, t, context), vector(x, t, context, context[:, -1]), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="takes no class or vector"):
+        pooled(x, t, context, context[:, -1])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -154,7 +164,9 @@ def test_a_class_is_needed() -> None:
     [
         ({"attention": "linear"}, "'transformer' or 'adm', got 'linear'"),
         ({"qkv_order": "last"}, "heads_first or qkv_first, got 'last'"),
-        ({"num_classes": 3, "vector_dim": 4}, "not both"),
+        ({"num_classes": 3, "vector_dim": 4}, "only one of"),
+        ({"num_classes": 3, "pooled_context": True}, "only one of"),
+        ({"context_dim": None, "pooled_context": True}, "pooled_context needs a context"),
         ({"model_channels": 20}, r"\[20, 40, 40\] must be multiples of norm_groups 8"),
         ({"channel_mult": ()}, r"\[\] must be multiples"),
         ({"num_heads": 3}, "16 must be a multiple of num_heads 3"),
