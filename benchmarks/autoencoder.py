@@ -12,12 +12,11 @@ latent, decoded): they are checked before anything is measured.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +26,8 @@ from benchmarks.common import Row, Timing, alternate, execute, machine, make_par
 from ldm.config import find_config, load_config
 from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.weights.folder import load_autoencoder
+from ldm.weights.reading import open_checkpoint
+from ldm.weights.tiny import load_tiny_autoencoder
 from sample.pipeline import find_model
 from train.data import DataConfig, load_images, to_float
 from train.tasks.autoencoder import AutoencoderTaskConfig
@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace) -> None:
         if not len(data):
             raise ValueError(f"{args.data}: no picture has the split {args.split!r}")
         pixels, styles = data.pixels, data.styles
-        stage = load_autoencoder(find_model(args.model))
+        stage = open_checkpoint(find_model(args.model)).require("autoencoder").load()
     stages = [ours(stage, "ours" if args.quick else f"ours, {args.model}")]
     if args.taef2 is not None:
         stages.append(taef2(args.taef2))
@@ -138,53 +138,11 @@ def size(module: nn.Module) -> int:
 
 def taef2(folder: Path) -> FirstStage:
     """The network in `folder`, checked. Raises FileNotFoundError, and ValueError where it is another one."""
-    network = taef2_network(read(folder / "taef2_encoder.pth"), read(folder / "taef2_decoder.pth"))
-    stage = FirstStage(
-        "TAEF2",
-        lambda images: network.encode(images, return_dict=False)[0],
-        lambda z: network.decode(z, return_dict=False)[0],
-        size(network),
-    )
+    network = load_tiny_autoencoder(folder / "taef2_encoder.pth", folder / "taef2_decoder.pth")
+    network.eval().requires_grad_(False)
+    stage = FirstStage("TAEF2", network.encode, network.decode, size(network))
     check_golden(stage, folder / "taef2_golden.npz")
     return stage
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """A state dict by name. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --taef2 is the folder with TAEF2's weights")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged or foreign file raises differs from version to version
-        raise ValueError(f"{path} is no state dict: {' '.join(str(error).split())[:100]}") from error
-
-
-def taef2_network(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> Any:
-    """diffusers' AutoencoderTiny with the pools of TAEF2 added, which it lacks; images in [-1, 1].
-
-    Three blocks on the latents' side of each half add a normalised bottleneck to what they are given.
-    """
-    from diffusers import AutoencoderTiny
-
-    network: Any = AutoencoderTiny(latent_channels=encoder["14.weight"].shape[0])
-    # The original's decoder begins with the clamp, which is no layer of AutoencoderTiny's.
-    weights = {f"encoder.layers.{name}": tensor for name, tensor in encoder.items()}
-    weights |= {
-        re.sub(r"^\d+", lambda index: f"decoder.layers.{int(index[0]) - 1}", name): tensor
-        for name, tensor in decoder.items()
-    }
-    for name in sorted({name.partition(".pool.")[0] for name in weights if ".pool." in name}):
-        block = network.get_submodule(name)
-        inner, outer = weights[f"{name}.pool.0.weight"].shape[:2]
-        block.pool = nn.Sequential(
-            nn.Conv2d(outer, inner, 1, bias=False),
-            nn.GroupNorm(4, inner),
-            nn.ReLU(),
-            nn.Conv2d(inner, outer, 1, bias=False),
-        )
-        block.register_forward_pre_hook(lambda block, inputs: (inputs[0] + block.pool(inputs[0]),))
-    network.load_state_dict(weights, strict=True)
-    return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()

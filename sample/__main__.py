@@ -47,6 +47,15 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch", type=int, default=4, help="pictures made at once (%(default)s)")
     command.add_argument("--size", type=size, metavar="WxH", help="pixels (what the model was trained on)")
     command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
+    command.add_argument(
+        "--preview",
+        metavar="linear|FILE",
+        help="show what is being made in DIR/preview.png: by a linear map of the latents, or by a tiny "
+        "decoder of the TAESD family",
+    )
+    command.add_argument(
+        "--preview-every", type=int, default=5, metavar="N", help="steps between previews (%(default)s)"
+    )
     add_model_options(command)
 
 

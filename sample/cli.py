@@ -8,7 +8,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from sample.pipeline import Pipeline
 
 FAILED = 2  # exit status after a mistake in the command, or in the files and values it names
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -92,14 +95,47 @@ def size(argument: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """What a checkpoint may leave open."""
+    parser.add_argument("--kind", metavar="NAME", help="kind of a single file, if it is not recognised")
+    parser.add_argument("--prediction", help="eps, v or x0, where the checkpoint does not tell")
+    parser.add_argument(
+        "--weights", default="auto", help="ema or raw, where a file holds both (as the original: %(default)s)"
+    )
+    parser.add_argument("--allow-nan", action="store_true", help="read weights that are not finite")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, on what, and how to show errors."""
     parser.add_argument(
         "--model",
         default="emoji",
         metavar="NAME|PATH",
-        help="shipped name, or folder of a model or run (%(default)s)",
+        help="shipped name, checkpoint file (.safetensors, .ckpt), diffusers folder, or folder of a model or "
+        "run (%(default)s)",
     )
+    add_checkpoint_options(parser)
+    parser.add_argument("--vocabulary", metavar="FILE", help="vocab.txt of a model with a BERT text tower")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def load_pipeline(args: argparse.Namespace) -> "Pipeline":
+    """The model that the options name; what the user should know of it goes to stderr."""
+    from ldm.device import pick_dtype
+    from sample.pipeline import Pipeline
+
+    pipe = Pipeline.load(
+        args.model,
+        args.device,
+        pick_dtype(args.dtype),
+        kind=args.kind,
+        prediction=args.prediction,
+        weights=args.weights,
+        vocabulary=args.vocabulary,
+        allow_nan=args.allow_nan,
+    )
+    for note in pipe.checkpoint.notes if pipe.checkpoint else ():
+        print(f"{args.model} {note}", file=sys.stderr)
+    return pipe

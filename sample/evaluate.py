@@ -27,11 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import find_config
-from ldm.device import pick_dtype
 from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
 from ldm.seeding import generator
 from ldm.weights.folder import weights_hash
 from ldm.weights.io import write_atomically
+from sample.cli import load_pipeline
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.pipeline import Pipeline
 from sample.txt2img import versions
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--captions must be at least 1, got {args.captions}")
     out = output_folder(args.out)
     rows = read_rows(Path(args.data).expanduser())
-    pipe = Pipeline.load(args.model, args.device, pick_dtype(args.dtype))
+    pipe = load_pipeline(args)
     side = pipe.latent_shape()[1] * pipe.autoencoder.factor
     images = read_images(Path(args.data).expanduser(), rows, side)
     train = [i for i, row in enumerate(rows) if row.split == "train"]
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         "sampler": "ddim",
         "device": pipe.device.type,
         "size": [side, side],
-        "weights": weights_hash(pipe.folder) if pipe.folder else "",
+        "weights": weights_hash(pipe.checkpoint.files) if pipe.checkpoint else "",
         "versions": versions(),
     }
     write_atomically(

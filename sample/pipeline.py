@@ -9,8 +9,10 @@ conditioning and noise, hands both to a sampler of `ldm/diffusion/samplers.py` a
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,82 +25,108 @@ from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import to_sigma_scale
 from ldm.diffusion.samplers import Step, find_sampler
 from ldm.diffusion.schedule import DiffusionConfig, Schedule, sigma_grid
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
+from ldm.models.bert import BertTextEncoder
+from ldm.models.class_embedder import ClassEmbedder, ClassTokenizer
+from ldm.models.clip import TextEncoder
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
+from ldm.models.wordpiece import WordPieceTokenizer
 from ldm.seeding import generator
-from ldm.weights.folder import (
-    AUTOENCODER,
-    FILES,
-    TEXT_ENCODER,
-    UNET,
-    load_autoencoder,
-    load_text_encoder,
-    load_unet,
-    save_part,
-)
+from ldm.weights.checkpoint import Checkpoint
+from ldm.weights.folder import PART_FILES, UNET, save_part
+from ldm.weights.reading import open_checkpoint
 
 SHIPPED = Path(__file__).parent / "models"
+ContextEncoder = TextEncoder | BertTextEncoder | ClassEmbedder
+CONTEXTS = ("text", "bert", "classes")  # parts of a checkpoint that a context comes from
+
+
+EXTRA_CHANNELS = {5: "mask and masked picture: it is for inpainting", 1: "depth"}
 
 
 class Pipeline:
     """The parts of a text-to-image model, ready to sample.
 
-    unet, autoencoder, text_encoder and tokenizer (both None where the model reads no text), schedule,
-    device; folder is where it was loaded from, None for modules that were handed over.
+    unet, autoencoder, text_encoder and tokenizer (both None where the model reads no text; of a
+    class-conditional model the embedder, and class numbers are its prompts), schedule, device; checkpoint is
+    what it was loaded from, None for modules that were handed over.
     """
 
     def __init__(
         self,
         unet: UNet,
-        autoencoder: AutoencoderKL,
-        text_encoder: TextEncoder | None,
+        autoencoder: Autoencoder,
+        text_encoder: ContextEncoder | None,
         diffusion: DiffusionConfig,
         *,
         device: str | torch.device = "auto",
+        vocabulary: Path | None = None,
     ):
         """Take modules over as they are, in number format and in training or evaluation mode, to `device`.
 
-        Raises ValueError where the parts do not fit each other.
+        vocabulary: the file of the tokenizer that a BERT text tower needs. Raises ValueError where the parts
+        do not fit each other.
         """
-        text = None if text_encoder is None else text_encoder.config
-        check_fit(unet.config, autoencoder.config, text)
+        width = None if text_encoder is None else text_encoder.config.width
+        check_fit(unet.config, autoencoder.config, width)
         self.device = pick_device(str(device))
         self.unet = unet.to(self.device)
         self.autoencoder = autoencoder.to(self.device)
         self.text_encoder = None if text_encoder is None else text_encoder.to(self.device)
-        self.tokenizer = None if text is None else Tokenizer(text.context_length, text.padding)
+        self.tokenizer = None if text_encoder is None else make_tokenizer(text_encoder, vocabulary)
         self.schedule = Schedule(diffusion)
-        self.folder: Path | None = None
+        self.checkpoint: Checkpoint | None = None
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path = "emoji", device: str = "auto", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str | Path = "emoji",
+        device: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        *,
+        kind: str | None = None,
+        prediction: str | None = None,
+        weights: str = "auto",
+        vocabulary: str | Path | None = None,
+        allow_nan: bool = False,
     ) -> "Pipeline":
-        """A model by its shipped name, its folder, or the folder of the training run that made it.
+        """A model by its shipped name, or by a path: our folder or run, a single file, a diffusers folder.
 
-        dtype: number format to compute in, whatever the files hold. Raises ValueError or FileNotFoundError,
-        in one line, as `find_model` and the readers of `ldm/weights/folder.py` do.
+        Args:
+            dtype: number format to compute in, whatever the files hold.
+            kind, prediction, weights: where the files leave it open, see `open_checkpoint`.
+            vocabulary: vocab.txt of a BERT text tower; by default beside the checkpoint.
+            allow_nan: load weights that are not finite, with a warning.
+
+        Raises ValueError or FileNotFoundError, in one line, as `find_model` and `open_checkpoint` do.
         """
-        folder = find_model(name_or_path)
-        unet, diffusion = load_unet(folder)
-        text_encoder = load_text_encoder(folder) if reads_text(unet.config) else None
-        modules = (unet, load_autoencoder(folder), text_encoder)
-        for module in modules:
-            if module is not None:
-                module.requires_grad_(False).eval().to(dtype)
-        pipeline = cls(*modules, diffusion, device=device)
-        pipeline.folder = folder
+        path = find_model(name_or_path)
+        checkpoint = open_checkpoint(path, kind=kind, prediction=prediction, weights=weights)
+        parts = {name: checkpoint.require(name) for name in ("unet", "autoencoder")}
+        if reads_text(checkpoint.config.unet):
+            name = next((name for name in CONTEXTS if name in checkpoint.parts), CONTEXTS[0])
+            parts["context"] = checkpoint.require(name)
+        diffusion = checkpoint.diffusion()  # may be a question, so it comes before gigabytes are read
+        modules = {name: part.load(dtype, allow_nan) for name, part in parts.items()}
+        pipeline = cls(
+            modules["unet"],
+            modules["autoencoder"],
+            modules.get("context"),
+            diffusion,
+            device=device,
+            vocabulary=Path(vocabulary) if vocabulary else checkpoint.path.parent / "vocab.txt",
+        )
+        pipeline.checkpoint = checkpoint
         return pipeline
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write a model folder, each file atomically. Raises ValueError where a weight overflows `dtype`."""
-        folder = Path(folder)
-        save_part(folder / AUTOENCODER, self.autoencoder, dtype)
-        if self.text_encoder is not None:
-            save_part(folder / TEXT_ENCODER, self.text_encoder, dtype)
-        save_part(folder / UNET, self.unet, dtype, diffusion=to_dict(self.schedule.config))
+        for module in (self.autoencoder, self.text_encoder, self.unet):
+            if module is not None:
+                file = next(file for file, kind in PART_FILES.values() if isinstance(module.config, kind))
+                more = {"diffusion": to_dict(self.schedule.config)} if module is self.unet else {}
+                save_part(Path(folder) / file, module, dtype, **more)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,7 +139,7 @@ class Pipeline:
         Raises ValueError, with the nearest legal size, where W or H is no positive multiple of what the two
         networks together divide by.
         """
-        channels, factor = self.autoencoder.config.z_channels, self.autoencoder.factor
+        channels, factor = self.autoencoder.config.latent_channels, self.autoencoder.factor
         if size is None:
             return channels, self.unet.config.sample_size, self.unet.config.sample_size
         unit = factor * self.unet.config.factor
@@ -143,6 +171,15 @@ class Pipeline:
         """Standard normal noise, each picture from the CPU generator of its key: the same in any batch."""
         return torch.stack([torch.randn(shape, generator=generator(*key)) for key in keys]).to(self.device)
 
+    def _require_plain(self) -> None:
+        """Raises ValueError where the UNet reads more than latents and a context."""
+        more = self.unet.config.in_channels - self.unet.config.out_channels
+        if more:
+            raise ValueError(
+                f"this UNet reads {more} channels besides the latents, which a prompt alone does not give: "
+                f"{EXTRA_CHANNELS.get(more, 'of a picture')}"
+            )
+
     def stream(
         self,
         prompts: Sequence[str],
@@ -162,13 +199,15 @@ class Pipeline:
         `step.denoised`, stopping) is up to the caller. Parameters and errors as in `txt2img`; prompts are
         checked with the first step.
         """
+        self._require_plain()
         row = find_sampler(sampler)
         # A model trained down to pure noise must be started there (Lin et al. 2023, section 3.3).
         spacing = "trailing" if self.schedule.config.zero_terminal_snr else row.spacing
         sigmas = sigma_grid(self.schedule, spacing, steps)
         shape = self.latent_shape(size)
         images = range(first, first + len(prompts))
-        cond, uncond = self.conditioning(prompts), self.conditioning([negative] * len(prompts))
+        cond = self.conditioning(prompts)
+        uncond = cond if guidance == 1 else self.conditioning([negative] * len(prompts))
         if not cond and math.isfinite(guidance):
             guidance = 1  # the two predictions would be the same
         trajectory = row.function(
@@ -255,45 +294,50 @@ class Pipeline:
         return images.clamp(-1, 1)
 
 
-def reads_text(config: UNetConfig) -> bool:
+def make_tokenizer(encoder: ContextEncoder, vocabulary: Path | None) -> Any:
+    """What turns prompts into the ids that `encoder` reads."""
+    if isinstance(encoder, ClassEmbedder):
+        return ClassTokenizer(encoder.config)
+    if isinstance(encoder, TextEncoder):
+        return Tokenizer(encoder.config.context_length, encoder.config.padding)
+    return WordPieceTokenizer(vocabulary or Path("vocab.txt"), encoder.config.context_length)
+
+
+def reads_text(config: UNetConfig | None) -> bool:
     """Whether the UNet attends to a text: the ADM form has no cross-attention."""
-    return config.context_dim is not None and config.attention == "transformer"
+    return config is not None and config.context_dim is not None and config.attention == "transformer"
 
 
-def check_fit(unet: UNetConfig, autoencoder: AutoencoderConfig, text: TextConfig | None) -> None:
-    """Raises ValueError where the parts are of different models, or the UNet needs more than a prompt."""
+def check_fit(unet: UNetConfig, autoencoder: AutoencoderConfig, width: int | None) -> None:
+    """Raises ValueError where the parts are of different models; `width` is that of the context, if any."""
     wanted = unet.context_dim if reads_text(unet) else None
-    given = None if text is None else text.width
-    if wanted != given:
-        raise ValueError(f"the UNet reads a context of width {wanted}, the text encoder gives {given}")
-    if not unet.in_channels == unet.out_channels == autoencoder.z_channels:
+    if wanted != width:
+        raise ValueError(f"the UNet reads a context of width {wanted}, the text encoder gives {width}")
+    if not unet.in_channels >= unet.out_channels == autoencoder.latent_channels:
         raise ValueError(
             f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the autoencoder has "
-            f"{autoencoder.z_channels}; all three must be equal"
+            f"{autoencoder.latent_channels}; the last two must be equal, and the first no less"
         )
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The folder with the files of a model: of a shipped name, of a folder, or of a training run.
+    """The folder of a shipped name, or the path itself.
 
     A shipped name wins over a folder of that name in the working folder, which is `./name`. Raises
-    FileNotFoundError, which lists the shipped names, or ValueError for a file.
+    FileNotFoundError, which lists the shipped names.
     """
     shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{UNET}"))
     if str(name_or_path) in shipped:
         return SHIPPED / str(name_or_path)
     path = Path(name_or_path).expanduser()
-    if path.is_file():
-        raise ValueError(f"model {path} is a file; expected the folder of a model, with {', '.join(FILES)}")
-    if not path.is_dir():
+    if not os.path.lexists(path):
         near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         names = ", ".join(shipped) or "none"
         raise FileNotFoundError(
-            f"model {str(name_or_path)!r} is no shipped name and no folder; {hint}shipped: {names}"
+            f"model {str(name_or_path)!r} is no shipped name, no file and no folder; {hint}shipped: {names}"
         )
-    run = path / "model"
-    return run if run.is_dir() and not any((path / name).is_file() for name in FILES) else path
+    return path
 
 
 def sampler_options(sampler: str, eta: float | int | None) -> dict[str, float | int]:

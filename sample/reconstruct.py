@@ -14,8 +14,8 @@ from PIL import Image
 
 from ldm.device import pick_device, pick_dtype
 from ldm.metrics import psnr
-from ldm.models.autoencoder import AutoencoderKL
-from ldm.weights.folder import load_autoencoder
+from ldm.models.autoencoder import Autoencoder
+from ldm.weights.reading import open_checkpoint
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.pipeline import find_model
 
@@ -24,8 +24,9 @@ def run(args: argparse.Namespace) -> None:
     """Reconstruct each picture, write the pairs, print the PSNR of each and their mean."""
     out = output_folder(args.out)
     originals = [read_rgb(Path(name)) for name in args.images]
-    autoencoder = load_autoencoder(find_model(args.model)).eval().requires_grad_(False)
-    autoencoder.to(pick_device(args.device), pick_dtype(args.dtype))
+    checkpoint = open_checkpoint(find_model(args.model), kind=args.kind)
+    autoencoder = checkpoint.require("autoencoder").load(pick_dtype(args.dtype), args.allow_nan)
+    autoencoder.to(pick_device(args.device))
     originals = [
         crop(picture, autoencoder.factor, name) for picture, name in zip(originals, args.images, strict=True)
     ]
@@ -62,7 +63,7 @@ def crop(picture: Image.Image, factor: int, name: str) -> Image.Image:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: AutoencoderKL, picture: Image.Image) -> tuple[Image.Image, float]:
+def reconstruct(autoencoder: Autoencoder, picture: Image.Image) -> tuple[Image.Image, float]:
     """The picture after encoding and decoding, and its PSNR in dB."""
     image = to_tensor(picture)[None]  # (1, 3, H, W)
     weight = autoencoder.post_quant_conv.weight

@@ -2,7 +2,7 @@
 
 Follows `__main__` in the walk and goes on to `pipeline`. The pictures of a prompt come together, in the
 order of the prompts; picture i of the whole call is image i of the seed. They are written batch by batch,
-so that CTRL-C keeps what is done.
+so that CTRL-C keeps what is done; `--preview` shows those in the making.
 """
 
 import argparse
@@ -14,19 +14,23 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.device import pick_dtype
 from ldm.weights.folder import weights_hash
+from sample.cli import load_pipeline
 from sample.images import grid, output_folder, save_new, to_pil
 from sample.pipeline import Pipeline, batches
+from sample.preview import PREVIEW, due, make_previewer, save_preview
 
 
 def run(args: argparse.Namespace) -> None:
     """Make `args.n` pictures a prompt and say where they are. Raises ValueError and OSError in one line."""
     if args.n < 1:
         raise ValueError(f"-n must be at least 1 picture a prompt, got {args.n}")
+    if args.preview_every < 1:
+        raise ValueError(f"--preview-every must be at least 1 step, got {args.preview_every}")
     out = output_folder(args.out)
-    pipe = Pipeline.load(args.model, args.device, pick_dtype(args.dtype))
+    pipe = load_pipeline(args)
     warn(pipe, args)
+    preview = None if args.preview is None else make_previewer(args.preview, pipe.autoencoder, pipe.device)
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     how = {name: getattr(args, name) for name in ("negative", "seed", "steps", "sampler", "guidance", "size")}
     common = parameters(pipe, args.model, how)
@@ -36,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
         for part in parts:
             for step in pipe.stream(prompts[part.start : part.stop], first=part.start, **how):
                 latents = step.sample
+                if preview is not None and due(step.index, args.steps, args.preview_every):
+                    save_preview(preview(step.denoised), out / PREVIEW)
+                    if step.index == part.start == 0:  # told once, when it is there
+                        bar.write(str(out / PREVIEW))
                 bar.update()
             for i, picture in zip(part, to_pil(pipe.decode(latents)), strict=True):
                 pictures.append(picture)
@@ -54,7 +62,7 @@ def parameters(pipe: Pipeline, model: str, how: dict[str, Any]) -> dict[str, Any
         **how,
         "size": [w * pipe.autoencoder.factor, h * pipe.autoencoder.factor],
         "model": model,
-        "weights": weights_hash(pipe.folder) if pipe.folder else "",
+        "weights": weights_hash(pipe.checkpoint.files) if pipe.checkpoint else "",
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
         "versions": versions(),

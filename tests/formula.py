@@ -31,17 +31,19 @@ def named_weight(key: str, shape: tuple[int, ...]) -> Tensor:
     return 1 + 0.1 * r if key.endswith("weight") else 0.1 * r
 
 
-def original_shapes(config: Config, prefix: str) -> dict[str, tuple[int, ...]]:
+def original_shapes(config: Config, prefix: str, openclip: bool = False) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a part in a single-file checkpoint."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes(config).items()}
-    return {prefix + name: tuple(tensor.shape) for name, tensor in to_compvis(empty, config).items()}
+    return {
+        prefix + name: tuple(tensor.shape) for name, tensor in to_compvis(empty, config, openclip).items()
+    }
 
 
-def filled(config: Config, prefix: str) -> dict[str, Tensor]:
+def filled(config: Config, prefix: str, openclip: bool = False) -> dict[str, Tensor]:
     """The state dict of our model of `config`, filled by the formula."""
     theirs = {
         name.removeprefix(prefix): named_weight(name, shape)
-        for name, shape in original_shapes(config, prefix).items()
+        for name, shape in original_shapes(config, prefix, openclip).items()
     }
     return to_ours(theirs, config)
 

@@ -15,6 +15,7 @@ AutoencoderTiny = pytest.importorskip("diffusers").AutoencoderTiny
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benchmarks` is
 
 from benchmarks import autoencoder, common, sampling, unet  # noqa: E402
+from ldm.weights.tiny import load_tiny_autoencoder  # noqa: E402
 
 MACHINE = {"cpu", "cores", "threads", "memory_gib", "load", "matmul_gflops", "python", "torch", "diffusers"}
 SIDES = {
@@ -91,14 +92,15 @@ def test_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_known_outputs_prove_the_loading_of_taef2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A random network of TAEF2's shape stands in for it: measured with its outputs, refused with others."""
     parts = taef2_like()
-    network = autoencoder.taef2_network(*parts.values())
+    files = [tmp_path / f"taef2_{name}.pth" for name in parts]
+    for file, weights in zip(files, parts.values(), strict=True):
+        torch.save(weights, file)
+    network = load_tiny_autoencoder(*files).requires_grad_(False)
     image = torch.rand(1, 3, 16, 16)
-    latent = network.encode(image * 2 - 1, return_dict=False)[0]
-    decoded = (network.decode(latent, return_dict=False)[0] + 1) / 2
+    latent = network.encode(image * 2 - 1)
+    decoded = (network.decode(latent) + 1) / 2
     golden = {"image": image, "latent": latent, "decoded": decoded}
     np.savez(tmp_path / "taef2_golden.npz", **{name: value.numpy() for name, value in golden.items()})
-    for name, weights in parts.items():
-        torch.save(weights, tmp_path / f"taef2_{name}.pth")
     ours, other = quick(autoencoder, tmp_path, capsys, "--taef2", str(tmp_path))
     assert (ours["latent_numbers"], other["latent_numbers"]) == (4 * 8 * 8, 32 * 4 * 4)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import Autoencoder
 from ldm.weights.io import load_weights, save_weights
 from train.data import to_float
 
 
-def fingerprint(pixels: Tensor, autoencoder: AutoencoderKL) -> str:
+def fingerprint(pixels: Tensor, autoencoder: Autoencoder) -> str:
     """A hash of the images and of the autoencoder, configuration included."""
     digest = hashlib.blake2b(repr((tuple(pixels.shape), autoencoder.config)).encode(), digest_size=16)
     digest.update(pixels.contiguous().numpy().tobytes())
@@ -27,7 +27,7 @@ def fingerprint(pixels: Tensor, autoencoder: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def cached_moments(
-    folder: Path, name: str, pixels: Tensor, autoencoder: AutoencoderKL
+    folder: Path, name: str, pixels: Tensor, autoencoder: Autoencoder
 ) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation (N, z, h, w), float32 on the CPU, of `pixels` (N, 3, H, W)
     uint8."""

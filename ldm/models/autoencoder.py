@@ -1,7 +1,8 @@
 """The first stage: images to latents and back (Rombach et al. 2022, arXiv:2112.10752, section 3.1, app. G).
 
-Encoder and decoder are residual networks with one attention block in the middle. `AutoencoderKL` ends in a
-diagonal Gaussian posterior. `encode` and `decode` are the original's, unscaled; `encode_latents` and
+Encoder and decoder are residual networks with one attention block in the middle. What keeps the latents
+between them tame has two forms: `AutoencoderKL` ends in a diagonal Gaussian posterior, `AutoencoderVQ` begins
+its decoder with a codebook. `encode` and `decode` are the original's, unscaled; `encode_latents` and
 `decode_latents` are the only two places that apply the latent scale and shift.
 """
 
@@ -15,16 +16,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm.models.blocks import Downsample, ResBlock, Upsample
+from ldm.models.quantizer import Quantized, VectorQuantizer
 
 EPS = 1e-6  # of every norm in the autoencoder
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Defaults: KL-f8, as in Stable Diffusion 1 and 2. `attention_levels` are indices into `channel_mult`."""
+    """Defaults: KL-f8, as in Stable Diffusion 1 and 2. `attention_levels` are indices into `channel_mult`.
+
+    z_channels: width of the bottleneck inside encoder and decoder; embed_dim: channels of the latents, None
+    is as many. codebook_size: None is the KL form, a number the VQ form, whose released models have
+    scale_factor 1.
+    """
 
     in_channels: int = 3
     z_channels: int = 4
+    embed_dim: int | None = None
+    codebook_size: int | None = None
     base_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
@@ -46,6 +55,9 @@ class AutoencoderConfig:
                 "autoencoder num_res_blocks, z_channels and in_channels must be at least 1, "
                 f"got {self.num_res_blocks}, {self.z_channels} and {self.in_channels}"
             )
+        for name in ("embed_dim", "codebook_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"autoencoder {name} must be at least 1, got {value}")
         if not set(self.attention_levels) <= set(range(len(widths))):
             raise ValueError(
                 f"autoencoder attention_levels {list(self.attention_levels)} must be in 0..{len(widths) - 1}"
@@ -57,6 +69,16 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """How many pixels a latent cell covers in each direction."""
         return 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, which are those of the diffusion model."""
+        return self.z_channels if self.embed_dim is None else self.embed_dim
+
+    @property
+    def moments(self) -> int:
+        """What the encoder gives a latent: mean and log-variance (KL), or the latent itself (VQ)."""
+        return 2 if self.codebook_size is None else 1
 
 
 class DiagonalGaussian:
@@ -80,6 +102,23 @@ class DiagonalGaussian:
     def kl(self) -> Float[Tensor, " B"]:
         """KL to the standard normal, `1/2 sum(mean^2 + var - 1 - logvar)` over C, h, w."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class PointPosterior:
+    """The VQ form's answer as a posterior: all on one point, so that every sample is the mean."""
+
+    def __init__(self, mean: Float[Tensor, "B C h w"]):
+        self.mean = mean
+
+    @cached_property
+    def std(self) -> Tensor:
+        return torch.zeros_like(self.mean)
+
+    def mode(self) -> Float[Tensor, "B C h w"]:
+        return self.mean
+
+    def sample(self, noise: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        return self.mean
 
 
 class MidAttention(nn.Module):
@@ -149,7 +188,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to moments (B, 2 z, h, w), before `quant_conv`."""
+    """Images (B, 3, H, W) to moments (B, 2 z, h, w), in the VQ form (B, z, h, w), before `quant_conv`."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -165,7 +204,7 @@ class Encoder(nn.Module):
             )
         self.mid_block = MidBlock(widths[-1], config.mid_attention, config.norm_groups)
         self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.moments * config.z_channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B Z h w"]:
         h = self.conv_in(x)
@@ -200,29 +239,34 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class AutoencoderKL(nn.Module):
-    """KL-regularised autoencoder; images in [-1, 1]."""
+class Autoencoder(nn.Module):
+    """What both forms share; images in [-1, 1]. `make_autoencoder` builds the one that a config describes."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
+        z, latent = config.z_channels, config.latent_channels
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+        self.quant_conv = nn.Conv2d(config.moments * z, config.moments * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, z, 1)
 
     @property
     def factor(self) -> int:
         return self.config.factor
 
-    def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
+    def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian | PointPosterior:
         """The posterior of unscaled latents. Raises ValueError unless the factor divides H and W."""
+        raise NotImplementedError
+
+    def encode_moments(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B M h w"]:
+        """What `encode` makes its posterior of; errors as there."""
         height, width = images.shape[-2:]
         if height % self.factor or width % self.factor:
             raise ValueError(
                 f"image size {width}x{height} is not a multiple of the autoencoder's factor {self.factor}"
             )
-        return DiagonalGaussian(self.quant_conv(self.encoder(images)))
+        return self.quant_conv(self.encoder(images))
 
     def decode(self, z: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B C H W"]:
         """Unscaled latents to images, nominally in [-1, 1] (not clamped)."""
@@ -242,9 +286,52 @@ class AutoencoderKL(nn.Module):
         """Latents of the diffusion model to images, `decode(latents / scale + shift)`."""
         return self.decode(latents / self.config.scale_factor + self.config.shift_factor)
 
+
+class AutoencoderKL(Autoencoder):
+    """KL-regularised autoencoder: the encoder gives a Gaussian, held near the standard normal in training."""
+
+    def __init__(self, config: AutoencoderConfig):
+        """Raises ValueError for the configuration of a VQ form."""
+        if config.codebook_size is not None:
+            raise ValueError(f"a KL autoencoder has no codebook, got codebook_size {config.codebook_size}")
+        super().__init__(config)
+
+    def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian:
+        return DiagonalGaussian(self.encode_moments(images))
+
     def forward(
         self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B Z h w"]
     ) -> tuple[Tensor, DiagonalGaussian]:
         """One training pass: the reconstruction of a posterior sample, and the posterior."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(noise)), posterior
+
+
+class AutoencoderVQ(Autoencoder):
+    """Vector-quantised autoencoder. The diffusion model works on the latents before quantisation, which is
+    the first thing that `decode` does."""
+
+    def __init__(self, config: AutoencoderConfig):
+        """Raises ValueError for the configuration of a KL form."""
+        if config.codebook_size is None:
+            raise ValueError("a VQ autoencoder needs a codebook_size, got None")
+        super().__init__(config)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.latent_channels)
+
+    def encode(self, images: Float[Tensor, "B C H W"]) -> PointPosterior:
+        """The latents before quantisation, as a posterior without spread; errors as in the base class."""
+        return PointPosterior(self.encode_moments(images))
+
+    def decode(self, z: Float[Tensor, "B Z h w"], quantize: bool = True) -> Float[Tensor, "B C H W"]:
+        """Unscaled latents, by way of their nearest codes unless told not to, to images (not clamped)."""
+        return super().decode(self.quantizer(z).z_q if quantize else z)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, Quantized]:
+        """One training pass: the reconstruction from the codes, and what the quantiser says of them."""
+        quantized = self.quantizer(self.encode(images).mean)
+        return self.decode(quantized.z_q, quantize=False), quantized
+
+
+def make_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | AutoencoderVQ:
+    """The form that `config` describes, freshly initialised."""
+    return AutoencoderKL(config) if config.codebook_size is None else AutoencoderVQ(config)

@@ -36,6 +36,13 @@ def _byte_pair_encoding() -> Any:
     return module._tokenizer
 
 
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, special tokens in OpenAI's spelling, and the merges in their order."""
+    encoding = _byte_pair_encoding()
+    special = {START_ID: "<|startoftext|>", END_ID: "<|endoftext|>"}
+    return {special.get(i, token): i for token, i in encoding.encoder.items()}, list(encoding.bpe_ranks)
+
+
 class Tokenizer:
     """Prompts to ids (N, context_length): start token, words, end token, padding.
 

@@ -2,11 +2,13 @@
 
 One class serves text-, class-, image-concat- and unconditional models: the context is optional, classes and
 vectors add to the timestep embedding, and an image condition is concatenated to `x` by the caller
-(`in_channels` counts it). Stable Diffusion 1 is the default configuration.
+(`in_channels` counts it). Stable Diffusion 1 is the default configuration. The way down and the middle stand
+in `UNetEncoder`, since a ControlNet (controlnet.py) is a copy of them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +72,7 @@ class UNetConfig:
         for name in ("in_channels", "out_channels", "num_res_blocks", "transformer_depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"UNet {name} must be at least 1, got {getattr(self, name)}")
-        widths = [self.model_channels * mult for mult in self.channel_mult]
+        widths = self.widths
         if not widths or any(width < 1 or width % self.norm_groups for width in widths):
             raise ValueError(f"UNet widths {widths} must be multiples of norm_groups {self.norm_groups}")
         unit = self.num_heads if self.head_channels is None else self.head_channels
@@ -85,19 +87,30 @@ class UNetConfig:
         """The side of `x` must be a multiple of this."""
         return 2 ** (len(self.channel_mult) - 1)
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, from the finest."""
+        return [self.model_channels * mult for mult in self.channel_mult]
+
+    @property
+    def skip_channels(self) -> list[int]:
+        """Channels of each tensor that the way down hands over to the way up, in running order."""
+        channels = [self.model_channels]
+        for level, width in enumerate(self.widths):
+            channels += [width] * (self.num_res_blocks + (level < len(self.widths) - 1))
+        return channels
+
     def heads(self, channels: int) -> int:
         return channels // self.head_channels if self.head_channels else self.num_heads
 
 
-class UNet(nn.Module):
-    """`forward(x_t, t, context) -> eps, v or x0`, whichever it was trained to predict."""
+class UNetEncoder(nn.Module):
+    """The timestep embedding, the way down and the middle block: what a UNet and a ControlNet share."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
-        self.config = config
+        self.encoder_config = config
         width, time_dim = config.model_channels, 4 * config.model_channels
-        widths = [width * mult for mult in config.channel_mult]
-        last = len(widths) - 1
 
         self.time_embedding = TimestepEmbedding(width, time_dim)
         self.class_embedding: nn.Module | None = None
@@ -109,24 +122,33 @@ class UNet(nn.Module):
             self.class_embedding = TimestepEmbedding(config.context_dim, time_dim)
 
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        skips = [width]  # channels of each tensor handed over to the way up
-        channels = width
         self.down_blocks = nn.ModuleList()
-        for level, out in enumerate(widths):
+        for level, (channels, out) in enumerate(pairwise([width, *config.widths])):
             self.down_blocks.append(DownBlock(config, channels, out, time_dim, level))
-            channels = out
-            skips += [out] * (config.num_res_blocks + (level < last))
+        self.mid_block = MidBlock(config, config.widths[-1], time_dim)
 
-        self.mid_block = MidBlock(config, channels, time_dim)
+    def encode(
+        self,
+        x: Float[Tensor, "B C h w"],
+        t: Shaped[Tensor, " B"],
+        context: Float[Tensor, "B T D"] | None,
+        y: Float[Tensor, "B V"] | Int[Tensor, " B"] | None,
+        hint: Float[Tensor, "#B C_hint h w"] | None = None,
+    ) -> tuple[Float[Tensor, "B C_mid h_mid w_mid"], list[Tensor], Float[Tensor, "B time_dim"]]:
+        """The middle block's output, the skips in running order, and the embedding for the way up.
 
-        self.up_blocks = nn.ModuleList()
-        for level in range(last, -1, -1):
-            taken = [skips.pop() for _ in range(config.num_res_blocks + 1)]
-            self.up_blocks.append(UpBlock(config, channels, taken, widths[level], time_dim, level))
-            channels = widths[level]
-
-        self.norm_out = nn.GroupNorm(config.norm_groups, channels)
-        self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1))
+        Arguments as of `UNet.forward`; `hint` is added behind the first convolution.
+        """
+        self._check(x, context)
+        emb = self.embed(t, self._pooled(context, y))
+        h = self.conv_in(x)
+        if hint is not None:
+            h = h + hint
+        skips = [h]
+        for block in self.down_blocks:
+            h, new = block(h, emb, context)
+            skips += new
+        return self.mid_block(h, emb, context), skips, emb
 
     def embed(
         self, t: Shaped[Tensor, " B"], y: Shaped[Tensor, "B ..."] | None
@@ -134,11 +156,56 @@ class UNet(nn.Module):
         """The timestep embedding plus that of the class or vector `y`."""
         if (y is None) != (self.class_embedding is None):
             needed = "needs a class or vector y" if y is None else "takes no class or vector y"
-            classes, width = self.config.num_classes, self.config.vector_dim
-            raise ValueError(f"this UNet {needed} (num_classes {classes}, vector_dim {width})")
-        features = timestep_embedding(t, self.config.model_channels)
+            classes, width = self.encoder_config.num_classes, self.encoder_config.vector_dim
+            raise ValueError(f"this {self._name} {needed} (num_classes {classes}, vector_dim {width})")
+        features = timestep_embedding(t, self.encoder_config.model_channels)
         emb = self.time_embedding(features.to(self.conv_in.weight.dtype))
         return emb if self.class_embedding is None else emb + self.class_embedding(y)
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _pooled(self, context: Tensor | None, y: Tensor | None) -> Tensor | None:
+        """The vector for `embed`: the context's last token where this network reads it, else `y`."""
+        if not self.encoder_config.pooled_context or context is None:
+            return y
+        if y is not None:
+            raise ValueError(
+                f"this {self._name} takes no class or vector y: it reads the context's last token"
+            )
+        return context[:, -1]  # (B, D)
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        config = self.encoder_config
+        if x.shape[1] != config.in_channels:
+            raise ValueError(f"{self._name} takes {config.in_channels} channels, got {x.shape[1]}")
+        if x.shape[2] % config.factor or x.shape[3] % config.factor:
+            raise ValueError(
+                f"{self._name} takes sides that are multiples of {config.factor}, "
+                f"got {x.shape[3]}x{x.shape[2]}"
+            )
+        width = None if context is None else context.shape[2]
+        if width != config.context_dim:
+            raise ValueError(f"{self._name} takes a context of width {config.context_dim}, got {width}")
+
+
+class UNet(UNetEncoder):
+    """`forward(x_t, t, context) -> eps, v or x0`, whichever it was trained to predict."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__(config)
+        self.config = config
+        skips, channels = config.skip_channels, config.widths[-1]
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(config.widths))):
+            taken = [skips.pop() for _ in range(config.num_res_blocks + 1)]
+            out = config.widths[level]
+            self.up_blocks.append(UpBlock(config, channels, taken, out, 4 * config.model_channels, level))
+            channels = out
+
+        self.norm_out = nn.GroupNorm(config.norm_groups, channels)
+        self.conv_out = zero_init(nn.Conv2d(channels, config.out_channels, 3, padding=1))
 
     def forward(
         self,
@@ -159,14 +226,7 @@ class UNet(nn.Module):
         Raises ValueError where x has the wrong channels or a side that is no multiple of `config.factor`, and
         where context or y is missing, unexpected or of the wrong width.
         """
-        self._check(x, context)
-        emb = self.embed(t, self._pooled(context, y))
-        h = self.conv_in(x)
-        skips = [h]
-        for block in self.down_blocks:
-            h, new = block(h, emb, context)
-            skips += new
-        h = self.mid_block(h, emb, context)
+        h, skips, emb = self.encode(x, t, context, y)
         if control is not None:
             assert len(control) == len(skips) + 1, "one control residual a skip, and one for the middle"
             skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
@@ -174,26 +234,6 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block(h, skips, emb, context)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    def _pooled(self, context: Tensor | None, y: Tensor | None) -> Tensor | None:
-        """The vector for `embed`: the context's last token where this UNet reads it, else `y`."""
-        if not self.config.pooled_context or context is None:
-            return y
-        if y is not None:
-            raise ValueError("this UNet takes no class or vector y: it reads the context's last token")
-        return context[:, -1]  # (B, D)
-
-    def _check(self, x: Tensor, context: Tensor | None) -> None:
-        config = self.config
-        if x.shape[1] != config.in_channels:
-            raise ValueError(f"UNet takes {config.in_channels} channels, got {x.shape[1]}")
-        if x.shape[2] % config.factor or x.shape[3] % config.factor:
-            raise ValueError(
-                f"UNet takes sides that are multiples of {config.factor}, got {x.shape[3]}x{x.shape[2]}"
-            )
-        width = None if context is None else context.shape[2]
-        if width != config.context_dim:
-            raise ValueError(f"UNet takes a context of width {config.context_dim}, got {width}")
 
 
 def attention_block(config: UNetConfig, channels: int) -> nn.Module:

@@ -4,15 +4,20 @@ directions.
 The UNet's blocks are numbered there in one flat list each for the way down and up, `input_blocks.7.1` being
 the second sub-module of the eighth; the autoencoder numbers its decoder's levels from the finest; the text
 encoder comes in the names of transformers' CLIPTextModel (Stable Diffusion 1) or of OpenCLIP (Stable
-Diffusion 2). `to_ours` and `to_compvis` are exact inverses.
+Diffusion 2), a class embedder as one table. A ControlNet has the UNet's names in its copy of the way down.
+`to_ours` and `to_compvis` are exact inverses.
 """
 
 import torch
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.bert import BertTextConfig
+from ldm.models.class_embedder import ClassEmbedderConfig
 from ldm.models.clip import TextConfig
+from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
+from ldm.weights import bert
 from ldm.weights.names import (
     Config,
     Names,
@@ -28,9 +33,11 @@ from ldm.weights.names import (
 
 # Where the parts stand in a single-file checkpoint
 UNET_PREFIX = "model.diffusion_model."
+CONTROL_PREFIX = "control_model."
 AUTOENCODER_PREFIX = "first_stage_model."
 TRANSFORMERS_PREFIX = "cond_stage_model.transformer.text_model."  # Stable Diffusion 1
 OPENCLIP_PREFIX = "cond_stage_model.model."  # Stable Diffusion 2
+CONDITIONER_PREFIX = "cond_stage_model."  # the BERT text tower, or the table of a class-conditional model
 
 RES_BLOCK = {
     "norm1": "in_layers.0",
@@ -54,6 +61,7 @@ AUTOENCODER_RES_BLOCK = {
     **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
     "shortcut": "nin_shortcut",
 }
+CODEBOOK = "quantize.embedding.weight"
 AUTOENCODER_ATTENTION = {"norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
 
 TRANSFORMERS_BLOCK = {
@@ -94,8 +102,14 @@ def to_ours(tensors: Tensors, config: Config) -> dict[str, Tensor]:
     """
     if isinstance(config, UNetConfig):
         return fitted(into_ours(tensors, unet_names(config)), config)
+    if isinstance(config, ControlNetConfig):
+        return fitted(into_ours(tensors, controlnet_names(config)), config)
     if isinstance(config, AutoencoderConfig):
         return fitted(into_ours(tensors, autoencoder_names(config)), config)
+    if isinstance(config, ClassEmbedderConfig):
+        return into_ours(tensors, class_embedder_names(config))
+    if isinstance(config, BertTextConfig):
+        return bert.to_ours(tensors, config)
     unused = ("embeddings.position_ids", "text_projection", "logit_scale")
     plain = {
         name.removeprefix("text_model."): tensor
@@ -115,13 +129,18 @@ def to_compvis(tensors: Tensors, config: Config, openclip: bool = False) -> dict
     """
     if isinstance(config, UNetConfig):
         return into_theirs(tensors, unet_names(config))
+    if isinstance(config, ControlNetConfig):
+        return into_theirs(tensors, controlnet_names(config))
     if isinstance(config, AutoencoderConfig):
-        renamed = into_theirs(
-            tensors, autoencoder_names(config)
-        )  # every linear layer is a 1x1 convolution there
-        return {
-            name: tensor[..., None, None] if tensor.ndim == 2 else tensor for name, tensor in renamed.items()
+        renamed = into_theirs(tensors, autoencoder_names(config))
+        return {  # every linear layer is a 1x1 convolution there; the codebook is a table here and there
+            name: tensor[..., None, None] if tensor.ndim == 2 and name != CODEBOOK else tensor
+            for name, tensor in renamed.items()
         }
+    if isinstance(config, ClassEmbedderConfig):
+        return into_theirs(tensors, class_embedder_names(config))
+    if isinstance(config, BertTextConfig):
+        return bert.to_compvis(tensors, config)
     if openclip:
         return fuse(into_theirs(tensors, openclip_names(config)), torch.cat)
     return into_theirs(tensors, transformers_names(config))
@@ -129,6 +148,23 @@ def to_compvis(tensors: Tensors, config: Config, openclip: bool = False) -> dict
 
 def unet_names(config: UNetConfig) -> Names:
     """The name of each of the UNet's tensors, ours -> theirs."""
+    return tensor_names(config, _unet_modules(config))
+
+
+def controlnet_names(config: ControlNetConfig) -> Names:
+    """The name of each of the ControlNet's tensors, ours -> theirs."""
+    modules = _unet_modules(config.unet)
+    for i in range(2 * len(config.hint_widths)):  # the even ones, with SiLU between
+        modules[f"hint_encoder.convs.{i}"] = f"input_hint_block.{2 * i}"
+    skips = len(config.unet.skip_channels)
+    for i in range(skips):
+        modules[f"zero_convs.{i}"] = f"zero_convs.{i}.0"
+    modules[f"zero_convs.{skips}"] = "middle_block_out.0"
+    return tensor_names(config, modules)
+
+
+def _unet_modules(config: UNetConfig) -> Names:
+    """The name of each module of a UNet, and so of a ControlNet's copy of its way down, ours -> theirs."""
     modules = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -172,12 +208,16 @@ def unet_names(config: UNetConfig) -> Names:
             2 if 2**level in config.attention_resolutions else 1
         )  # behind the attention, where there is one
         modules |= inside(f"{ours}.upsample", f"output_blocks.{index}.{last}", RES_BLOCK | {"conv": "conv"})
-    return tensor_names(config, modules)
+    return modules
 
 
 def autoencoder_names(config: AutoencoderConfig) -> Names:
     """The name of each of the autoencoder's tensors, ours -> theirs."""
-    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    modules = {
+        "quant_conv": "quant_conv",
+        "quantizer.embedding.weight": CODEBOOK,
+        "post_quant_conv": "post_quant_conv",
+    }
     levels = len(config.channel_mult)
     for side, way, depth in (
         ("encoder", "down", config.num_res_blocks),
@@ -197,6 +237,11 @@ def autoencoder_names(config: AutoencoderConfig) -> Names:
                 modules |= inside(f"{ours}.resnets.{j}", f"{theirs}.block.{j}", AUTOENCODER_RES_BLOCK)
                 modules |= inside(f"{ours}.attentions.{j}", f"{theirs}.attn.{j}", AUTOENCODER_ATTENTION)
     return tensor_names(config, modules)
+
+
+def class_embedder_names(config: ClassEmbedderConfig) -> Names:
+    """The name of the class embedder's one tensor, ours -> theirs."""
+    return tensor_names(config, {"embedding": "embedding"})
 
 
 def transformers_names(config: TextConfig) -> Names:

@@ -2,13 +2,15 @@
 
 A file of ours is a flat `name -> tensor` table whose header carries the configuration that rebuilds the
 module, so that a file is enough to know what it holds. Writing goes to a temporary name in the same folder
-and is renamed, so that a reader (or a kill) never meets half a file.
+and is renamed, so that a reader (or a kill) never meets half a file. `read_header` checks a file before
+anything of the size it claims is allocated; `ldm/weights/source.py` builds on it to read files of others.
 """
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-MAX_HEADER_BYTES = 100_000_000
+# The format allows 100 MB. Real headers stay below 3 MB and 15 signs a tensor; what Python makes of a sign
+# can take 200 bytes.
+MAX_HEADER_BYTES, MAX_HEADER_SIGNS = 16_000_000, 600_000
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
 
 
 def save_weights(
@@ -51,31 +74,64 @@ def load_weights(
 
     Raises FileNotFoundError, or ValueError for a truncated or foreign file, each in one line.
     """
-    metadata = read_metadata(path)
+    shapes, metadata = read_header(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in shapes}, metadata
     except (SafetensorError, OSError) as error:
-        raise ValueError(_broken(path, error)) from error
+        raise broken(path, error) from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The header's metadata, each value decoded from JSON where it is JSON; the tensors are not read."""
+    return read_header(path)[1]
+
+
+def read_header(path: str | Path) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], dict[str, Any]]:
+    """Shape and format of each tensor of a safetensors file, and its decoded metadata; no tensor is read.
+
+    The header's length is checked before anything is allocated, its text before the library maps the file
+    and checks that the tensors fill it without overlap. Raises as `load_weights`.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
-    with open(path, "rb") as stream:
-        start = stream.read(8)
-    size = path.stat().st_size
-    claimed = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if len(start) < 8 or claimed > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(_broken(path, f"{size} bytes, but its header claims {claimed}"))
+        raise FileNotFoundError(one_line(f"weights file {path} does not exist"))
     try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(_broken(path, error)) from error
-    return {key: _decoded(value) for key, value in raw.items()}
+        with open(path, "rb") as stream:
+            start, size = stream.read(8), os.fstat(stream.fileno()).st_size
+            claimed = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if len(start) < 8 or claimed > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"{size} bytes, but its header claims {claimed}")
+            header = parse_json(stream.read(claimed))
+        texts = header.pop("__metadata__", None) or {}
+        shapes = {name: _shape_and_dtype(name, fields) for name, fields in header.items()}
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise broken(path, error) from error
+    return shapes, {key: _decoded(text) for key, text in texts.items()}
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises ValueError for anything else, nesting too deep and a repeated key."""
+    if sum(data.count(sign) for sign in (b",", b":", b"[", b"{")) > MAX_HEADER_SIGNS:
+        raise ValueError("its JSON has too many parts")
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deep") from error
+    if not isinstance(value, dict):
+        raise ValueError("its JSON is no object")
+    return value
+
+
+def checked_shape(shape: Sequence[Any]) -> torch.Size:
+    """`shape` as torch counts it. Raises ValueError for what no tensor has: over 64 axes or 2^62 numbers."""
+    if not all(type(side) is int and 0 <= side < 2**62 for side in shape) or len(shape) > 64:
+        raise ValueError(f"the shape {str(shape)[:60]} is none")
+    if math.prod(max(side, 1) for side in shape) > 2**62:
+        raise ValueError(f"the shape {str(shape)[:60]} is too large")
+    return torch.Size(shape)
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -105,12 +161,45 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -
     module.load_state_dict(dict(tensors), strict=True)
 
 
-def _broken(path: str | Path, why: object) -> str:
-    return f"{path} is truncated or not a safetensors file ({' '.join(str(why).split())})"
+class Refusal(ValueError):
+    """What is wrong with the file `path`, in one line: `text` goes on where the name stops."""
+
+    def __init__(self, path: str | Path, text: str) -> None:
+        super().__init__(one_line(f"{path} {text}"))
+
+
+def broken(path: str | Path, why: object) -> ValueError:
+    """The error for a safetensors file that cannot be read."""
+    return Refusal(path, f"is truncated or not a safetensors file ({why})")
+
+
+def one_line(text: str) -> str:
+    """`text`, whatever a file's author put into it, for a terminal: one line, printable, not endless."""
+    plain = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return plain if len(plain) <= 1000 else f"{plain[:490]} ... {plain[-490:]}"
+
+
+def _shape_and_dtype(name: str, fields: Any) -> tuple[torch.Size, torch.dtype]:
+    if not isinstance(fields, dict) or not isinstance(fields.get("shape"), list):
+        raise ValueError(f"its entry for {name} is none")
+    if str(fields.get("dtype")) not in DTYPES:
+        raise ValueError(
+            f"tensor {name} has the unknown format {fields.get('dtype')}; known: {', '.join(DTYPES)}"
+        )
+    return checked_shape(fields["shape"]), DTYPES[fields["dtype"]]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"it names {name} twice")
+        table[name] = value
+    return table
 
 
 def _decoded(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value

@@ -9,28 +9,57 @@ third of a fused tensor.
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
+from ldm.models.bert import BertTextConfig, BertTextEncoder
+from ldm.models.class_embedder import ClassEmbedder, ClassEmbedderConfig
 from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 
-Config = UNetConfig | AutoencoderConfig | TextConfig
+Config = UNetConfig | ControlNetConfig | AutoencoderConfig | TextConfig | BertTextConfig | ClassEmbedderConfig
 Tensors = Mapping[str, Tensor]
 Names = dict[str, str]  # ours -> theirs
+
+BUILD: dict[type, Callable[[Any], nn.Module]] = {
+    UNetConfig: UNet,
+    ControlNetConfig: ControlNet,
+    AutoencoderConfig: make_autoencoder,
+    TextConfig: TextEncoder,
+    BertTextConfig: BertTextEncoder,
+    ClassEmbedderConfig: ClassEmbedder,
+}
+
+
+class WithoutInit(TorchFunctionMode):
+    """Inside the block modules are built without initial values, which weights from a file would replace."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in FILLERS or getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+FILLERS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+
+def build_empty(config: Config) -> nn.Module:
+    """The module that `config` describes, without memory for its weights (on the meta device)."""
+    with torch.device("meta"), WithoutInit():
+        return BUILD[type(config)](config)
 
 
 @cache
 def shapes(config: Config) -> Mapping[str, Size]:
     """Name and shape of every tensor of the model that `config` describes; allocates nothing."""
-    with torch.device("meta"):
-        if isinstance(config, UNetConfig):
-            model: torch.nn.Module = UNet(config)
-        else:
-            model = AutoencoderKL(config) if isinstance(config, AutoencoderConfig) else TextEncoder(config)
-    return MappingProxyType({name: tensor.shape for name, tensor in model.state_dict().items()})
+    state = build_empty(config).state_dict()
+    return MappingProxyType({name: tensor.shape for name, tensor in state.items()})
 
 
 def inside(ours: str, theirs: str, modules: Mapping[str, str]) -> Names:

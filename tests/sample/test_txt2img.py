@@ -112,7 +112,7 @@ def test_a_negative_prompt_without_effect_is_told(
     (["--size", "30x32"], "the nearest is 32x32"),
     (["-n", "0"], "-n must be at least 1 picture a prompt, got 0"),
     (["--batch", "0"], "a batch of at least 1"),
-    (["--model", "emojy"], "model 'emojy' is no shipped name and no folder"),
+    (["--model", "emojy"], "model 'emojy' is no shipped name, no file and no folder"),
     (["--device", "abacus"], "device 'abacus' cannot be used here"),
     (["--dtype", "float7"], "number format 'float7' is unknown; one of float32"),
 ])  # fmt: skip

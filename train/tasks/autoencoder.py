@@ -57,7 +57,7 @@ def initialise(model: AutoencoderKL) -> None:
         elif isinstance(module, MidAttention):
             zero_init(module.to_out)
     assert model.quant_conv.bias is not None
-    nn.init.constant_(model.quant_conv.bias[model.config.z_channels :], -6.0)
+    nn.init.constant_(model.quant_conv.bias[model.config.latent_channels :], -6.0)
 
 
 class AutoencoderTask:
@@ -93,7 +93,7 @@ class AutoencoderTask:
     def reconstruct(self, images: Tensor, *key: int | str) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstructions from a sample of the posterior, whose noise is a function of the seed and `key`."""
         side = [size // self.model.factor for size in images.shape[-2:]]
-        shape = (len(images), self.config.autoencoder.z_channels, *side)
+        shape = (len(images), self.config.autoencoder.latent_channels, *side)
         noise = torch.randn(shape, generator=generator(self.config.run.seed, "posterior", *key))
         return self.model(images, noise.to(self.device))
 

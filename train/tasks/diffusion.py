@@ -22,7 +22,7 @@ from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
 from ldm.seeding import derive, generator
-from ldm.weights.folder import load_autoencoder
+from ldm.weights.reading import open_checkpoint
 from sample.images import save_grid
 from sample.pipeline import Pipeline, check_fit
 from train.cache import cached_moments
@@ -87,10 +87,11 @@ class DiffusionTask:
     def __init__(self, config: DiffusionTaskConfig):
         self.config = config
         self.device = pick_device(config.run.device)
-        self.autoencoder = place(load_autoencoder(Path(config.autoencoder)), self.device)
-        self.autoencoder.requires_grad_(False).eval()
+        self.autoencoder = place(
+            open_checkpoint(config.autoencoder).require("autoencoder").load(), self.device
+        )
         self.schedule = Schedule(config.diffusion)
-        check_fit(config.unet, self.autoencoder.config, config.text)
+        check_fit(config.unet, self.autoencoder.config, config.text.width if config.text else None)
         self._check_size()
         self.tokenizer = Tokenizer(config.text.context_length, config.text.padding) if config.text else None
         self.images = load_images(config.data, "train")
