@@ -4,8 +4,8 @@
 
 writes a checkpoint of Stable Diffusion 1.5's shapes (4.3 GB, the values do not matter) in the original's
 single file and as a diffusers folder, then loads both by `Pipeline.load` and by StableDiffusionPipeline, and
-reads every weight once. "Times the weights" is the growth of the process's peak resident memory over the size of
-the weights at the number format computed in; memory-mapped pages count in it.
+reads every weight once. "Times the weights" is the growth of the process's peak resident memory over the size
+of the weights at the number format computed in; memory-mapped pages count in it.
 """
 
 import argparse

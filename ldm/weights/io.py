@@ -10,13 +10,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 # The format allows 100 MB. Real headers stay below 3 MB and 15 signs a tensor; what Python makes of a sign
@@ -41,25 +41,53 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_weights(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write `tensors` (any device, any strides) with `metadata` (JSON-ready values) in the header; atomic."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {key: json.dumps(value, ensure_ascii=False) for key, value in (metadata or {}).items()}
-    write_atomically(path, save(plain, metadata=header))
+    """Write `tensors` (any device, any strides) with `metadata` in the header; atomic.
+
+    Metadata values are strings, kept as they are, or JSON-ready. One tensor at a time is copied, so that a
+    file may be as large as the memory that holds its tensors.
+    """
+    header: dict[str, Any] = {}
+    if metadata:
+        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+        header["__metadata__"] = texts | {key: v for key, v in metadata.items() if isinstance(v, str)}
+    # As the library orders them: wide formats first, so that every tensor is aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end = start + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with appearing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            plain = tensors[name].detach().cpu().contiguous()
+            file.write(plain.flatten().view(torch.uint8).numpy())
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a whole file under a temporary name, flush it to the disk, then rename it to `path`."""
+    with appearing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def appearing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file open for writing that stands at `path` after the block, whole, or after an error not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
