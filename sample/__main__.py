@@ -13,6 +13,9 @@ from sample.cli import Parser, add_model_options, report, size, text, tolerate_e
 
 COMMANDS = {
     "txt2img": "make pictures from prompts",
+    "img2img": "make pictures from a picture and prompts",
+    "inpaint": "paint a part of a picture anew",
+    "again": "make a picture of ours again, with other options if wanted",
     "reconstruct": "encode pictures and decode them again, with their PSNR",
     "evaluate": "measure how well pictures show what their prompts say",
 }
@@ -24,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {name: commands.add_parser(name, help=what, description=what) for name, what in COMMANDS.items()}
     add_txt2img(add["txt2img"])
+    add_img2img(add["img2img"])
+    add_inpaint(add["inpaint"])
+    add_again(add["again"])
     add_reconstruct(add["reconstruct"])
     add_evaluate(add["evaluate"])
     return main
@@ -43,6 +49,22 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
         help="how strongly the prompt acts; 1 is as trained (%(default)s)",
     )
     command.add_argument("--seed", type=int, default=0, help="same seed, same pictures (%(default)s)")
+    command.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        metavar="I",
+        help="number of the first picture of the seed (%(default)s)",
+    )
+    command.add_argument(
+        "--variation-seed",
+        type=int,
+        metavar="SEED",
+        help="go part of the way to the pictures of another seed",
+    )
+    command.add_argument(
+        "--variation-strength", type=float, metavar="S", help="how far: 0 is --seed, 1 the other"
+    )
     command.add_argument("-n", type=int, default=1, help="pictures for each prompt (%(default)s)")
     command.add_argument("--batch", type=int, default=4, help="pictures made at once (%(default)s)")
     command.add_argument("--size", type=size, metavar="WxH", help="pixels (what the model was trained on)")
@@ -57,6 +79,61 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
         "--preview-every", type=int, default=5, metavar="N", help="steps between previews (%(default)s)"
     )
     add_model_options(command)
+
+
+def add_img2img(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "init", metavar="IMAGE", help="picture to start from; scaled and cut to a legal size"
+    )
+    add_strength(command, 0.6)
+    add_txt2img(command)
+
+
+def add_inpaint(command: argparse.ArgumentParser) -> None:
+    command.add_argument("init", metavar="IMAGE", help="picture to paint in; scaled and cut to a legal size")
+    command.add_argument("mask", metavar="MASK", help="picture that is white where to paint anew, else black")
+    add_strength(command, 1.0)
+    command.add_argument(
+        "--paste",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the picture's own pixels back where the mask is black",
+    )
+    command.add_argument(
+        "--resample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="take each step N times, as RePaint (%(default)s)",
+    )
+    add_txt2img(command)
+
+
+def add_strength(command: argparse.ArgumentParser, default: float) -> None:
+    command.add_argument(
+        "--strength",
+        type=float,
+        default=default,
+        help="0 keeps what is there, 1 forgets it; that share of the steps is taken (%(default)s)",
+    )
+    command.add_argument(
+        "--exact-steps", action="store_true", help="take all of --steps, whatever the strength"
+    )
+
+
+def add_again(command: argparse.ArgumentParser) -> None:
+    command.add_argument("picture", metavar="PICTURE", help="PNG file that one of the commands above wrote")
+    command.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="options of that command, to change something",
+    )
+    command.set_defaults(debug=False, makers=MAKERS)
+
+
+# The commands that `again` repeats, as what adds their options
+MAKERS = {"txt2img": add_txt2img, "img2img": add_img2img, "inpaint": add_inpaint}
 
 
 def add_reconstruct(command: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,17 @@ def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 2) 
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict[str, Any] | None = None) -> None:
-    """Write a PNG atomically, over an older one; `parameters` go into the text chunk `ldm` as JSON."""
+    """Write a PNG atomically, over an older one; `parameters` go into the text chunk `ldm` as JSON.
+
+    Where they name a prompt, the chunk `parameters` tells the same as the web UIs write it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
         info.add_itxt("ldm", json.dumps(parameters, ensure_ascii=False))
+        if "prompt" in parameters:
+            info.add_itxt("parameters", web_ui_text(parameters))
     try:
         picture.save(temporary, format="PNG", pnginfo=info)
         os.replace(temporary, path)
@@ -96,12 +102,64 @@ def save_new(
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters that `save_png` wrote. Raises ValueError where there are none."""
-    with Image.open(path) as picture:
-        text = getattr(picture, "text", {}).get("ldm")
+    """The parameters that `save_png` wrote. Raises ValueError or OSError where there are none."""
+    try:
+        with Image.open(path) as picture:
+            text = getattr(picture, "text", {}).get("ldm")
+    except (ValueError, SyntaxError) as error:  # a damaged PNG, or text chunks beyond Pillow's limit
+        raise ValueError(f"{path}: unreadable image ({' '.join(str(error).split()):.100})") from None
     if text is None:
         raise ValueError(f"{path} carries no parameters of ours (PNG text chunk 'ldm')")
-    return json.loads(text)
+    try:
+        parameters = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: its text chunk 'ldm' is not JSON") from None
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path}: its text chunk 'ldm' holds no parameters")
+    return parameters
+
+
+WEB_UI_SAMPLERS = {
+    "ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "euler": "Euler", "euler_ancestral": "Euler a",
+    "heun": "Heun", "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2s_ancestral": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m_sde": "DPM++ 3M SDE", "unipc": "UniPC", "lcm": "LCM",
+}  # fmt: skip
+WEB_UI_FIELDS = {
+    "steps": "Steps", "sampler": "Sampler", "schedule": "Schedule type", "guidance": "CFG scale",
+    "seed": "Seed", "size": "Size", "weights": "Model hash", "model": "Model", "eta": "Eta",
+    "variation_seed": "Variation seed", "variation_strength": "Variation seed strength",
+    "strength": "Denoising strength", "image": "Image number", "versions": "Version",
+}  # fmt: skip
+
+
+def web_ui_text(parameters: dict[str, Any]) -> str:
+    """Parameters in the form of AUTOMATIC1111's web UI: the prompt, the negative one, a line of settings.
+
+    Its names where it has them. Its picture i of a call has seed + i, ours the seed and a number ("Image
+    number"); the noise differs, so these settings remake a picture here and only resemble it there.
+    """
+    fields = []
+    for name, title in WEB_UI_FIELDS.items():
+        value = parameters.get(name)
+        if value is None or value == "":
+            continue
+        match name, value:
+            case "sampler", str():
+                value = WEB_UI_SAMPLERS.get(value, value)
+            case "size", list() | tuple():
+                value = "x".join(map(str, value))
+            case "versions", dict():
+                value = f"ldm {value.get('latent-diffusion-from-scratch', 'unknown')}"
+        value = f"{value:.10g}" if isinstance(value, float) else str(value)
+        # Quoted, as there, where its readers would take the value apart.
+        fields.append(
+            f"{title}: {json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n') else value}"
+        )
+    lines = [str(parameters.get("prompt", ""))]
+    if parameters.get("negative"):
+        lines.append(f"Negative prompt: {parameters['negative']}")
+    return "\n".join([*lines, ", ".join(fields)])
 
 
 def save_grid(images: Float[Tensor, "B C H W"], path: Path, columns: int | None = None) -> None:
@@ -145,6 +203,30 @@ def read_rgb(path: Path, square: int | None = None) -> Image.Image:
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: unreadable image ({reason:.100})") from None
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask as black and white pixels ("L", 0 or 255) of `size` (W, H): white is where to paint anew.
+
+    Any picture will do: grey above the middle counts as white, and so do transparent pixels. A mask of
+    another size is resized, which is told on stderr. Raises ValueError as `read_rgb`.
+    """
+    grey = read_rgb(path).convert("L")
+    if grey.size != size:
+        print(
+            f"ldm-sample: warning: {path}: mask resized from {grey.width}x{grey.height} to the picture's "
+            f"{size[0]}x{size[1]}",
+            file=sys.stderr,
+        )
+        grey = grey.resize(size, Image.Resampling.BILINEAR)
+    return grey.point(lambda value: 255 if value > 127 else 0)
+
+
+def cover(
+    picture: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """`picture` scaled until it covers `size` (W, H) and cut to its centre: nothing is stretched."""
+    return picture if picture.size == size else ImageOps.fit(picture, size, resample)
 
 
 def square_rgb(image: Image.Image, size: int) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 AutoencoderTiny = pytest.importorskip("diffusers").AutoencoderTiny
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benchmarks` is
 
-from benchmarks import autoencoder, common, sampling, unet  # noqa: E402
+from benchmarks import autoencoder, common, loading, sampling, unet  # noqa: E402
 from ldm.weights.tiny import load_tiny_autoencoder  # noqa: E402
 
 MACHINE = {"cpu", "cores", "threads", "memory_gib", "load", "matmul_gflops", "python", "torch", "diffusers"}
@@ -77,6 +77,15 @@ def test_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for side in ("ours", "diffusers"):
         assert 0 < warm[f"{side}_outside"] < 1
         assert all(warm[f"{side}_{part}_seconds"] > 0 for part in sampling.NETWORKS)
+
+
+def test_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quick(loading, tmp_path, capsys, "--stored", "float32", "--dtype", "float16")
+    assert [row["form"] for row in rows] == ["single file", "folder"]
+    for row in rows:
+        assert row["weights_mib"] == pytest.approx(17_224_875 * 2 / 2**20)
+        assert all(row[f"{side}_mib"] > row["weights_mib"] / 2 for side in ("ours", "diffusers"))
+        assert all(row[f"{side}_seconds"] > 0 for side in ("ours", "diffusers"))
 
 
 def test_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ memory, reads its tensors into it and refuses what does not fit; `writing.py` wr
 another form. Stands between `sample/pipeline.py` and `source.py`, which reads the files.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.weights.folder import PART_FILES
-from ldm.weights.kinds import ModelConfig, misfits
+from ldm.weights.kinds import ModelConfig, Translate, misfits
 from ldm.weights.names import Config, build_empty
 from ldm.weights.source import Entry, Source
 
 FORMS = ("ldm", "compvis", "diffusers")
 REST = "rest.safetensors"  # in a folder: what a converted checkpoint holds besides, under its first names
-Translate = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 
 TITLES = {
     "unet": "UNet",

@@ -6,10 +6,11 @@ into a configuration. Used by `checkpoint.py`.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -27,6 +28,7 @@ from ldm.weights.names import Config
 from ldm.weights.names import shapes as expected_shapes
 
 Shapes = Mapping[str, Size]
+Translate = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,21 @@ def find_kind(name: str) -> Kind:
     return Kind(path.stem, load_config(ModelConfig, path))
 
 
-def recognise(found: Mapping[str, Shapes], source: str) -> list[Kind]:
-    """The kinds that these parts (names and shapes in CompVis names, below their prefix) can be.
+def recognise(found: Mapping[str, Shapes], source: str, to_ours: Translate = compvis.to_ours) -> list[Kind]:
+    """The kinds that these parts can be, each given by names (below its prefix) and shapes.
 
-    More than one where weights of equal shapes are used differently. Raises ValueError, with the first
-    misfits to the likeliest kind, where there is none.
+    to_ours: of the names' spelling. More than one where weights of equal shapes are used differently. Raises
+    ValueError, with the first misfits to the likeliest kind, where there is none.
     """
     fitting: list[Kind] = []
     nearest: tuple[int, str, list[str]] | None = None
     for kind in map(find_kind, kind_names()):
         config = adapted(kind.config, found)
-        if not set(found) <= set(config.parts) or ("unet" in config.parts) != ("unet" in found):
+        if not set(found) <= set(config.parts) or _main_part(config.parts) not in found:
             continue
         if not all(_alike(found[name], config.parts[name]) for name in found):
             continue
-        wrong = [line for name, shapes in found.items() for line in fits(shapes, config.parts[name])]
+        wrong = [line for name, shapes in found.items() for line in fits(shapes, config.parts[name], to_ours)]
         if not wrong:
             fitting.append(Kind(kind.name, config))
         elif nearest is None or len(wrong) < nearest[0]:
@@ -113,6 +115,11 @@ def recognise(found: Mapping[str, Shapes], source: str) -> list[Kind]:
     count, name, wrong = nearest
     more = f" and {count - 5} more" if count > 5 else ""
     raise ValueError(f"{source}: most like {name}, but does not fit it: {'; '.join(wrong[:5])}{more}")
+
+
+def _main_part(parts: Mapping[str, Config]) -> str:
+    """What a file must hold to be of a kind with these parts."""
+    return next(name for name in ("control", "unet", "autoencoder") if name in parts)
 
 
 FORMS = "give its configuration by --kind, a name or YAML file like those in configs/model"
@@ -131,10 +138,10 @@ def adapted(config: ModelConfig, found: Mapping[str, Shapes]) -> ModelConfig:
     return config
 
 
-def fits(shapes: Shapes, config: Config) -> list[str]:
+def fits(shapes: Shapes, config: Config, to_ours: Translate = compvis.to_ours) -> list[str]:
     """What is missing, unexpected or misshapen for `config`; empty where all fits."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return misfits(compvis.to_ours(empty, config), config)
+    return misfits(to_ours(empty, config), config)
 
 
 def misfits(tensors: Mapping[str, Tensor], config: Config) -> list[str]:

@@ -288,7 +288,7 @@ def _scan(path: Path, stream: io.BytesIO) -> tuple[dict[str, int], list[str]]:
             raise Refusal(path, "is a pickle that would grow without end; the file is malicious")
         stack += [value] * len(opcode.stack_after)
     if strange:
-        raise Refusal(path, f"uses the instruction {strange}, which torch.save does not write")
+        raise Refusal(path, f"uses the pickle instruction {strange}, which weights do not need; {ADVICE}")
     return storages, texts
 
 

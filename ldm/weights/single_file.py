@@ -14,11 +14,12 @@ import yaml
 from ldm.config import from_dict
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.weights import compvis
+from ldm.weights import compvis, diffusers
 from ldm.weights.checkpoint import TITLES, Checkpoint, Part
-from ldm.weights.kinds import Kind, ModelConfig, find_kind, fits, recognise
+from ldm.weights.kinds import Kind, ModelConfig, Translate, find_kind, fits, recognise
 from ldm.weights.source import Source
 
+DIFFUSERS_MARKS = ("down_blocks.", "encoder.down_blocks.")  # names of a part alone in diffusers' spelling
 Names = dict[str, str]  # below the part's prefix -> in the file
 
 UNSUPPORTED = {  # a name in the file that tells a model we do not have
@@ -43,7 +44,9 @@ def open_single_file(source: Source, kind: str | None, weights: str) -> Checkpoi
     if not parts:
         some = ", ".join(list(source.entries)[:3])
         raise ValueError(f"{path} holds no part of a latent diffusion model; its tensors are {some}, ...")
-    kinds = _kinds(parts, source, kind)
+    in_diffusers_names = any(name.startswith(DIFFUSERS_MARKS) for names in parts.values() for name in names)
+    to_ours = diffusers.to_ours if in_diffusers_names else compvis.to_ours
+    kinds = _kinds(parts, source, kind, to_ours)
     config = kinds[0].config
     averaged = averaged_unet(parts.get("unet", {}), source)
     if weights == "ema" and not averaged:
@@ -61,17 +64,17 @@ def open_single_file(source: Source, kind: str | None, weights: str) -> Checkpoi
     taken = {full for names in parts.values() for full in names.values()}
     return Checkpoint(
         path,
-        "compvis",
+        "diffusers" if to_ours is diffusers.to_ours else "compvis",
         " or ".join(each.name for each in kinds),
         config,
-        {name: Part(config.parts[name], source, names, compvis.to_ours) for name, names in parts.items()},
+        {name: Part(config.parts[name], source, names, to_ours) for name, names in parts.items()},
         used,
         {full: source for full in source.entries if full not in taken},
         notes,
     )
 
 
-def _kinds(parts: Mapping[str, Names], source: Source, name: str | None) -> list[Kind]:
+def _kinds(parts: Mapping[str, Names], source: Source, name: str | None, to_ours: Translate) -> list[Kind]:
     """What the parts can be: as its header says (`writing.py`), as the user says, or by shapes."""
     path = str(source.path)
     found = {
@@ -81,19 +84,24 @@ def _kinds(parts: Mapping[str, Names], source: Source, name: str | None) -> list
     if name is None and isinstance(source.metadata.get("model"), dict):
         return [Kind("own", from_dict(ModelConfig, source.metadata["model"], path))]
     if name is None:
-        return recognise(found, path)
+        return recognise(found, path, to_ours)
     kind = find_kind(name)
     for part, shapes in found.items():
         config = kind.config.parts.get(part)
-        wrong = fits(shapes, config) if config is not None else [f"{kind.name} has no {TITLES[part]}"]
+        wrong = (
+            fits(shapes, config, to_ours) if config is not None else [f"{kind.name} has no {TITLES[part]}"]
+        )
         if wrong:
-            raise ValueError(f"{path} is not {kind.name}: {'; '.join(wrong[:5])}{_likely(found, path)}")
+            raise ValueError(
+                f"{path} is not {kind.name}: {'; '.join(wrong[:5])}{_likely(found, path, to_ours)}"
+            )
     return [kind]
 
 
-def _likely(found: Mapping[str, Any], path: str) -> str:
+def _likely(found: Mapping[str, Any], path: str, to_ours: Translate) -> str:
     try:
-        return "; its shapes are those of " + " or ".join(kind.name for kind in recognise(found, path))
+        names = [kind.name for kind in recognise(found, path, to_ours)]
+        return "; its shapes are those of " + " or ".join(names)
     except ValueError:
         return ""
 
@@ -124,9 +132,9 @@ def single_file_parts(source: Source) -> dict[str, Names]:
         }
     if not any(parts.values()):  # one part alone, without its prefix
         bare = {name: name for name in names}
-        if any(name.startswith(("input_hint_block.", "zero_convs.")) for name in names):
+        if any(name.startswith(("input_hint_block.", "controlnet_cond_embedding.")) for name in names):
             parts["control"] = bare
-        elif any(name.startswith("input_blocks.") for name in names):
+        elif any(name.startswith(("input_blocks.", "down_blocks.")) for name in names):
             parts["unet"] = bare
         elif {"encoder.conv_in.weight", "decoder.conv_in.weight"} <= set(names):
             parts["autoencoder"] = bare

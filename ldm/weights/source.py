@@ -109,7 +109,9 @@ class Source:
             raise ValueError(f"weights are converted to floating formats only, not {dtype}")
         opened: dict[_File, Fetch] = {}
         self._check(names, dtype, allow_nan, opened)
-        return self._views(names, opened) if dtype is None else self._converted(names, dtype, opened)
+        stored = {self.entries[name].dtype for name in names}
+        same = dtype is None or all(each == dtype or not each.is_floating_point for each in stored)
+        return self._views(names, opened) if same or dtype is None else self._converted(names, dtype, opened)
 
     def _check(
         self, names: list[str], dtype: torch.dtype | None, allow_nan: bool, opened: dict[_File, Fetch]
@@ -142,19 +144,19 @@ class Source:
             warnings.warn(what, stacklevel=3)
 
     def _pieces(self, names: list[str], opened: dict[_File, Fetch]) -> Iterator[tuple[str, int, Tensor]]:
-        """Name, index of the first number and flat view of each piece of each tensor; none is kept mapped."""
+        """Name, index of the first number and flat view of each piece of each tensor; none stays mapped."""
         touched = 0
         for name in names:
             entry, file = self.entries[name], self._files[name]
             step = PIECE // entry.dtype.itemsize
             for start in range(0, max(1, math.prod(entry.shape)), step):
                 if touched >= WINDOW:
-                    for mapped in [other for other in opened if other.mapped]:
-                        del opened[mapped]
+                    _unmap(opened)
                     touched = 0
                 piece = self._tensor(name, file, opened).reshape(-1)[start : start + step]
                 touched += piece.nbytes
                 yield name, start, piece
+        _unmap(opened)
 
     def _views(self, names: list[str], opened: dict[_File, Fetch]) -> Iterator[tuple[str, Tensor]]:
         for name in names:
@@ -258,6 +260,11 @@ def _refuse_others(path: Path, start: bytes) -> None:
         what = "of an unknown kind"
     if what is not None:
         raise Refusal(path, f"is {what}; {WANTED}")
+
+
+def _unmap(opened: dict[_File, Fetch]) -> None:
+    for file in [file for file in opened if file.mapped]:
+        del opened[file]
 
 
 def _is_inexact(dtype: torch.dtype) -> bool:

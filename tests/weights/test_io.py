@@ -38,7 +38,15 @@ def test_round_trip_is_bit_equal(file):
 
 def test_the_library_reads_every_format_that_is_written(tmp_path):
     """Aligned, whatever the strides; strings stay strings in the header."""
-    formats = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    formats = [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    ]
     tensors = {f"t{i}": (torch.rand(3, 5) * 9).to(dtype) for i, dtype in enumerate(formats)}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "turned": torch.rand(5, 3).T}
     save_weights(tmp_path / "file", tensors, {"format": "pt", "more": [1]})

@@ -298,6 +298,39 @@ def test_controlnet_files(sd1: dict[str, Tensor], tmp_path: Path, form: str) -> 
     assert_close(checkpoint.require("control").load().state_dict(), weights, rtol=0, atol=0)
 
 
+def test_full_size_controlnets_are_recognised_alone_and_with_their_base() -> None:
+    from checkpoints import empty_single_file
+
+    from ldm.weights.kinds import recognise
+
+    for name in ("controlnet_sd15", "controlnet_sd21"):
+        config = find_kind(name).config
+        for parts in (("control",), ("control", *PARTS)):
+            found = {}
+            for part in parts:
+                prefixes = [compvis.CONTROL_PREFIX, compvis.UNET_PREFIX, compvis.AUTOENCODER_PREFIX]
+                prefixes += [compvis.TRANSFORMERS_PREFIX, compvis.OPENCLIP_PREFIX]
+                found[part] = {
+                    key.removeprefix(prefix): tensor.shape
+                    for key, tensor in empty_single_file(config, (part,)).items()
+                    for prefix in prefixes
+                    if key.startswith(prefix)
+                }
+            assert [kind.name for kind in recognise(found, "the file")] == [name]
+
+
+def test_parts_alone_in_diffusers_names(sd1: dict[str, Tensor], tmp_path: Path) -> None:
+    """Without the config.json that stands beside them in a folder."""
+    for part in ("unet", "autoencoder"):
+        config = find_kind("tiny_sd15").config.parts[part]
+        theirs = diffusers.to_diffusers(ours(sd1, "tiny_sd15", part), config)
+        file = save(tmp_path / f"{part}.safetensors", theirs)
+        checkpoint = open_checkpoint(file, kind="tiny_sd15")
+        assert (checkpoint.form, list(checkpoint.parts)) == ("diffusers", [part])
+        loaded = checkpoint.require(part).load(torch.float16)
+        assert_close(loaded.state_dict(), ours(sd1, "tiny_sd15", part), rtol=0, atol=0)
+
+
 def test_diffusers_names_of_a_controlnet(tmp_path: Path) -> None:
     import json
 

@@ -1,0 +1,271 @@
+"""The web UI's prompt language: text -> tree -> what the prompt says at a step.
+
+    (x)  [x]  (x:1.3)     weight times 1.1, divided by 1.1, times 1.3; brackets nest and multiply
+    \\( \\) \\[ \\] \\\\        the character itself; so do \\: and \\| here
+    a BREAK b             b begins a new chunk of tokens
+    a:0.7 AND b:1.2       two prompts, each with its own weight in the guidance
+    [a:b:0.5]             a, then b from half of the steps on; [a:b:12] from after step 12
+    [b:0.5]  [a::0.5]     nothing, then b; a, then nothing
+    [a|b|c]               a, b, c in turn, a step each
+
+Two stages, as in the web UI. `parse` reads what changes with the step and AND (a grammar for lark); `at_step`
+picks, which leaves a plain text whose brackets `emphasis` counts. So a weight may change on the way,
+(x:[1.3:0.8:0.5]), and brackets that do not match are no error: opened and never closed they hold to the
+end, closed and never opened they are text. Nothing a user can type is an error.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ldm.models.weighting import BREAK, Piece
+
+MAX_DEPTH = 100  # brackets around brackets that may still hold a schedule
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`before`, and from step `when` on `after`; `when` as typed: 0.5 is a fraction of the steps, 12 a step."""
+
+    before: "tuple[Node, ...]"
+    after: "tuple[Node, ...]"
+    when: str
+
+    def switch(self, steps: int) -> int:
+        """How many of the steps show `before`. A number with a decimal point is a fraction: 1.0 is all."""
+        share = float(self.when) * (steps if "." in self.when else 1)
+        return int(max(0.0, min(float(steps), share)))
+
+
+@dataclass(frozen=True)
+class Alternate:
+    """One of the options at each step, in turn."""
+
+    options: "tuple[tuple[Node, ...], ...]"
+
+
+Node = str | Schedule | Alternate
+
+
+@dataclass(frozen=True)
+class Part:
+    """What stands between two ANDs, and its weight in the guidance."""
+
+    nodes: tuple[Node, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A parsed prompt: one part, or several joined by AND."""
+
+    parts: tuple[Part, ...]
+
+
+# Brackets that do not match arrive as LOOSE, so that the grammar sees only matching ones.
+_GRAMMAR = r"""
+?item: TEXT | ESCAPE | round | square
+round: "(" (item | COLON | PIPE)* ")"
+square: "[" (item | COLON | PIPE)* "]"
+ESCAPE: /\\[()\[\]\\:|]?/
+COLON: ":"
+PIPE: "|"
+%declare LOOSE
+"""
+_ONE = r"""
+start: part
+part: (item | COLON | PIPE | LOOSE)*
+TEXT: /[^\\()\[\]:|]+/
+"""
+_COMPOSED = r"""
+start: part ("AND" part)*
+part: (item | COLON | PIPE | LOOSE)* WEIGHT?
+WEIGHT.2: /:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?=\bAND\b|\Z)/
+AND.2: /\bAND\b/
+TEXT: /(?:(?!\bAND\b)[^\\()\[\]:|])+/
+"""
+_NUMBER = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+_EMPHASIS = re.compile(
+    r"\\[()\[\]\\:|]?|:\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+"
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+
+class _Brackets:
+    """Between lark's lexer and parser: brackets without a partner become LOOSE.
+
+    A closing bracket of the wrong kind leaves all that are open without one: whatever they enclosed would
+    hold it.
+    """
+
+    always_accept = ()
+
+    def process(self, stream: Any) -> Iterator[Any]:
+        tokens = list(stream)
+        opened: list[int] = []
+        matched = set()
+        for i, token in enumerate(tokens):
+            if token.type == "AND" or len(opened) == MAX_DEPTH:
+                opened.clear()
+            if token.type in ("LPAR", "LSQB"):
+                opened.append(i)
+            elif token.type in ("RPAR", "RSQB"):
+                if opened and tokens[opened[-1]].type[1:] == token.type[1:]:
+                    matched |= {opened.pop(), i}
+                else:
+                    opened.clear()
+        for i, token in enumerate(tokens):
+            if token.type in ("LPAR", "LSQB", "RPAR", "RSQB") and i not in matched:
+                token.type = "LOOSE"
+            yield token
+
+
+@cache
+def _parser(composed: bool) -> Any:
+    import lark  # here: no other command needs it
+
+    grammar = (_COMPOSED if composed else _ONE) + _GRAMMAR
+    return lark.Lark(grammar, parser="lalr", lexer="basic", postlex=_Brackets(), keep_all_tokens=False)
+
+
+def parse(text: str, composed: bool = True) -> Prompt:
+    """The tree of a prompt. Every text has one.
+
+    composed: whether AND and a weight at the end mean anything; the web UI's negative prompt has neither. As
+    there, a number after a colon at the very end of a prompt is its weight, also without AND: write
+    "at 10\\:30" for the time.
+    """
+    parts = []
+    for tree in _parser(composed).parse(text).children:
+        children, weight = list(tree.children), 1.0
+        if children and getattr(children[-1], "type", "") == "WEIGHT":
+            weight = float(children.pop()[1:])
+        parts.append(Part(_nodes(children)[0], weight))
+    return Prompt(tuple(parts))
+
+
+def _nodes(children: Sequence[Any]) -> tuple[tuple[Node, ...], bool]:
+    """Lark's tokens and trees as nodes, neighbouring text joined; and whether they may stand in a schedule.
+
+    The web UI's grammar allows no stray colon or bar in there."""
+    nodes: list[Node] = []
+    fits = True
+    for child in children:
+        if isinstance(child, str):
+            fits &= getattr(child, "type", "") not in ("COLON", "PIPE", "LOOSE")
+            nodes.append(str(child))
+        else:
+            found, inner = _bracket(child)
+            nodes += found
+            fits &= inner
+    return _joined(nodes), fits
+
+
+def _joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    joined: list[Node] = []
+    for node in nodes:
+        if joined and isinstance(node, str) and isinstance(joined[-1], str):
+            joined[-1] += node
+        else:
+            joined.append(node)
+    return tuple(joined)
+
+
+def _bracket(tree: Any) -> tuple[tuple[Node, ...], bool]:
+    """A schedule, an alternation, or brackets as they stand: [x], (x), (x:weight), or what is none of these."""
+    children = tree.children
+    at = [i for i, child in enumerate(children) if getattr(child, "type", "") in ("COLON", "PIPE")]
+    between = zip([-1, *at], [*at, len(children)], strict=True)
+    parts = [_nodes(children[i + 1 : j]) for i, j in between]
+    options = tuple(nodes for nodes, _ in parts)
+    colons, bars = (sum(children[i].type == kind for i in at) for kind in ("COLON", "PIPE"))
+    fits = all(inner for _, inner in parts)
+    if tree.data == "square" and fits:
+        last = options[-1]
+        number = _NUMBER.fullmatch(last[0]) if len(last) == 1 and isinstance(last[0], str) else None
+        if bars and not colons:
+            return (Alternate(options),), True
+        if colons in (1, 2) and not bars and number:
+            return (Schedule(options[0] if colons == 2 else (), options[-2], number[1]),), True
+    opening, closing = "[]" if tree.data == "square" else "()"
+    literal: list[Node] = [opening, *options[0]]
+    for i, nodes in zip(at, options[1:], strict=True):
+        literal += [str(children[i]), *nodes]
+    most = 1 if tree.data == "round" else 0  # colons: only (x:weight) holds one
+    return _joined([*literal, closing]), fits and not bars and colons <= most
+
+
+def text_at(nodes: Sequence[Node], step: int, steps: int) -> str:
+    """The text of step 0..steps-1, its emphasis still in brackets."""
+    texts = []
+    for node in nodes:
+        if isinstance(node, Schedule):
+            node = text_at(node.before if step < node.switch(steps) else node.after, step, steps)
+        elif isinstance(node, Alternate):
+            node = text_at(node.options[step % len(node.options)], step, steps)
+        texts.append(node)
+    return "".join(texts)
+
+
+def at_step(
+    prompt: Prompt, step: int, steps: int, emphasised: bool = True
+) -> tuple[tuple[float, tuple[Piece, ...]], ...]:
+    """What the prompt says at step 0..steps-1: (weight of the part, its pieces) of each part.
+
+    Equal for steps that say the same, and hashable, so that each is encoded once. emphasised: False takes
+    brackets and BREAK as text (the web UI's emphasis "None").
+    Raises ValueError for a step outside 0..steps-1.
+    """
+    if not 0 <= step < steps:
+        raise ValueError(f"step of a prompt must be in 0..{steps - 1}, got {step}")
+    texts = [text_at(part.nodes, step, steps) for part in prompt.parts]
+    if len(texts) > 1:  # the blanks around AND
+        texts = [text.strip() for text in texts]
+    return tuple(
+        (part.weight, emphasis(text) if emphasised else (Piece(text),))
+        for part, text in zip(prompt.parts, texts, strict=True)
+    )
+
+
+def emphasis(text: str) -> tuple[Piece, ...]:
+    """Text in brackets as pieces with weights, neighbours of equal weight joined; never empty.
+
+    Each bracket multiplies what was read since its partner was opened. Round and square ones are counted
+    apart, so that they may overlap. A number counts only right before the closing round bracket.
+    """
+    pieces: list[Piece] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(start: int, factor: float) -> None:
+        pieces[start:] = [p if p == BREAK else Piece(p.text, p.weight * factor) for p in pieces[start:]]
+
+    for match in _EMPHASIS.finditer(text):
+        token, weight = match[0], match["weight"]
+        if token.startswith("\\"):
+            pieces.append(Piece(token[1:]))
+        elif token in opened:
+            opened[token].append(len(pieces))
+        elif weight is not None and opened["("]:
+            multiply(opened["("].pop(), float(weight))
+        elif token == ")" and opened["("]:
+            multiply(opened["("].pop(), 1.1)
+        elif token == "]" and opened["["]:
+            multiply(opened["["].pop(), 1 / 1.1)
+        else:
+            first, *others = _BREAK.split(token)
+            pieces.append(Piece(first))
+            for other in others:
+                pieces += [BREAK, Piece(other)]
+    for start in opened["("]:
+        multiply(start, 1.1)
+    for start in opened["["]:
+        multiply(start, 1 / 1.1)
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and BREAK not in (piece, joined[-1]) and piece.weight == joined[-1].weight:
+            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+        else:
+            joined.append(piece)
+    return tuple(piece for piece in joined if piece.text) or (Piece(""),)
