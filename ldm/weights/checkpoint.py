@@ -49,7 +49,14 @@ class Part:
         return sum(entry.shape.numel() for entry in self.entries.values())
 
     def check(self) -> None:
-        """Raises ValueError where names or shapes do not fit the configuration."""
+        """Raises ValueError where names, shapes or number formats do not fit the configuration."""
+        for name, entry in self.entries.items():
+            if not entry.dtype.is_floating_point:
+                kind = str(entry.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{self.source.path}: {name} is {kind}, but weights are floating-point numbers; quantised "
+                    "checkpoints are not read"
+                )
         empty = {name: torch.empty(entry.shape, device="meta") for name, entry in self.entries.items()}
         if wrong := misfits(self.to_ours(empty, self.config), self.config):
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

@@ -228,6 +228,13 @@ def test_missing_and_extra_tensors(sd1: dict[str, Tensor], tmp_path: Path) -> No
         open_checkpoint(save(tmp_path / "model.safetensors", changed))
 
 
+def test_quantised_weights_are_refused_by_name(sd1: dict[str, Tensor], tmp_path: Path) -> None:
+    name = f"{compvis.UNET_PREFIX}out.2.weight"
+    file = save(tmp_path / "m.safetensors", sd1 | {name: torch.zeros(4, 32, 3, 3, dtype=torch.int8)})
+    with pytest.raises(ValueError, match="out.2.weight is int8, but weights are floating-point"):
+        open_checkpoint(file).require("unet").load()
+
+
 def test_nan_is_refused_by_name_unless_allowed(sd1: dict[str, Tensor], tmp_path: Path) -> None:
     """FAULTS row 6."""
     name = f"{compvis.UNET_PREFIX}out.2.bias"

@@ -459,20 +459,39 @@ def test_code_in_a_pickle_is_not_run(form, call, told, tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_foreign_classes_are_named(form, tmp_path, monkeypatch):
-    """Row 2: training frameworks leave their classes in the files they write."""
-    name = "pytorch_lightning.callbacks.model_checkpoint"
+def lightning(monkeypatch, name):
+    """A class as the training framework of the original has it, in the module `name`."""
     module = types.ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
     for parent in ("pytorch_lightning", "pytorch_lightning.callbacks"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
     monkeypatch.setitem(sys.modules, name, module)
-    content = {"state_dict": {"a": torch.ones(1)}, "callbacks": {module.ModelCheckpoint: {"best": 0.5}}}
+    return module.ModelCheckpoint
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_name_of_a_callback_in_the_originals_files_is_harmless(form, tmp_path, monkeypatch):
+    """Stable Diffusion 1's own .ckpt files hold this one; the class is not imported, and not called."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = lightning(monkeypatch, name)
+    content = {"state_dict": {"a": torch.ones(1)}, "callbacks": {callback: {"best": 0.5}}, "global_step": 7}
     path = save(tmp_path / "model.ckpt", content, form)
-    refused(
-        path, f"needs the global {name}.ModelCheckpoint, which .* ask for a .safetensors file, or convert"
-    )
+    called = save(tmp_path / "called.ckpt", {"a": callback()}, form)
+    monkeypatch.delitem(sys.modules, name)
+    source = open_source(path)
+    assert dict(source.read(["a"]))["a"].tolist() == [1.0]
+    assert source.metadata["global_step"] == 7
+    assert name not in sys.modules
+    refused(called, "instruction|calls|global")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_foreign_classes_are_named(form, tmp_path, monkeypatch):
+    """Row 2: training frameworks leave their classes in the files they write."""
+    name = "pytorch_lightning.callbacks.other"
+    content = {"state_dict": {"a": torch.ones(1)}, "callbacks": {lightning(monkeypatch, name): {"best": 0.5}}}
+    path = save(tmp_path / "model.ckpt", content, form)
+    refused(path, f"needs the global {name}.ModelCheckpoint, which .* ask for a .safetensors file, or convert")
     refused(save(path, nn.Linear(1, 1), form), "global torch.nn.modules.linear.Linear")
     refused(
         save(path, {"a": nn.ParameterDict({"b": nn.Parameter(torch.ones(1))})}, form),
