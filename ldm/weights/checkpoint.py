@@ -54,8 +54,8 @@ class Part:
             if not entry.dtype.is_floating_point:
                 kind = str(entry.dtype).removeprefix("torch.")
                 raise ValueError(
-                    f"{self.source.path}: {name} is {kind}, but weights are floating-point numbers; quantised "
-                    "checkpoints are not read"
+                    f"{self.source.path}: {name} is {kind}, but weights are floating-point numbers; "
+                    "quantised checkpoints are not read"
                 )
         empty = {name: torch.empty(entry.shape, device="meta") for name, entry in self.entries.items()}
         if wrong := misfits(self.to_ours(empty, self.config), self.config):

@@ -70,7 +70,7 @@ def save_weights(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             plain = tensors[name].detach().cpu().contiguous()
-            file.write(memoryview(plain.flatten().view(torch.uint8).numpy()))
+            file.write(plain.flatten().view(torch.uint8).numpy().data)
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:

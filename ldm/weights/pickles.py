@@ -48,8 +48,8 @@ CALLED = {
     "torch.device",
     *(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
 }
-# Classes that the original's training left in its files, as the names of callbacks' states. They are looked at by
-# nobody, so a stand-in that does nothing takes their place; calling them is refused as for any other.
+# Classes that the original's training left in its files, as the names of callbacks' states. Nobody looks at
+# them, so a stand-in that does nothing takes their place; calling them is refused as for any other.
 INERT = {
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
@@ -117,7 +117,7 @@ def _translated(path: Path) -> Iterator[None]:
 
 def _torch_load(path: Path, with_data: bool) -> Any:
     with ExitStack() as stack:
-        stand_ins = [(type("StandIn", (), {}), name) for name in sorted(INERT)]
+        stand_ins: list[Any] = [(type("StandIn", (), {}), name) for name in sorted(INERT)]
         stack.enter_context(torch.serialization.safe_globals(stand_ins))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
