@@ -27,7 +27,7 @@ MAX_DEPTH = 100  # brackets around brackets that may still hold a schedule
 
 @dataclass(frozen=True)
 class Schedule:
-    """`before`, and from step `when` on `after`; `when` as typed: 0.5 is a fraction of the steps, 12 a step."""
+    """`before`, then `after`. `when` as typed: 0.5 is a fraction of the steps, 12 a number of steps."""
 
     before: "tuple[Node, ...]"
     after: "tuple[Node, ...]"
@@ -80,10 +80,10 @@ part: (item | COLON | PIPE | LOOSE)*
 TEXT: /[^\\()\[\]:|]+/
 """
 _COMPOSED = r"""
-start: part ("AND" part)*
+start: part (_AND part)*
 part: (item | COLON | PIPE | LOOSE)* WEIGHT?
 WEIGHT.2: /:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?=\bAND\b|\Z)/
-AND.2: /\bAND\b/
+_AND.2: /\bAND\b/
 TEXT: /(?:(?!\bAND\b)[^\\()\[\]:|])+/
 """
 _NUMBER = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
@@ -107,7 +107,7 @@ class _Brackets:
         opened: list[int] = []
         matched = set()
         for i, token in enumerate(tokens):
-            if token.type == "AND" or len(opened) == MAX_DEPTH:
+            if token.type == "_AND" or len(opened) == MAX_DEPTH:
                 opened.clear()
             if token.type in ("LPAR", "LSQB"):
                 opened.append(i)
@@ -174,7 +174,7 @@ def _joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def _bracket(tree: Any) -> tuple[tuple[Node, ...], bool]:
-    """A schedule, an alternation, or brackets as they stand: [x], (x), (x:weight), or what is none of these."""
+    """A schedule, an alternation, or brackets as they stand: [x], (x), (x:weight) and what is none of it."""
     children = tree.children
     at = [i for i, child in enumerate(children) if getattr(child, "type", "") in ("COLON", "PIPE")]
     between = zip([-1, *at], [*at, len(children)], strict=True)
@@ -235,18 +235,18 @@ def emphasis(text: str) -> tuple[Piece, ...]:
     Each bracket multiplies what was read since its partner was opened. Round and square ones are counted
     apart, so that they may overlap. A number counts only right before the closing round bracket.
     """
-    pieces: list[Piece] = []
+    texts: list[str | None] = []  # None is a BREAK
+    weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def multiply(start: int, factor: float) -> None:
-        pieces[start:] = [p if p == BREAK else Piece(p.text, p.weight * factor) for p in pieces[start:]]
+        for i in range(start, len(weights)):
+            weights[i] *= factor
 
     for match in _EMPHASIS.finditer(text):
         token, weight = match[0], match["weight"]
-        if token.startswith("\\"):
-            pieces.append(Piece(token[1:]))
-        elif token in opened:
-            opened[token].append(len(pieces))
+        if token in opened:
+            opened[token].append(len(texts))
         elif weight is not None and opened["("]:
             multiply(opened["("].pop(), float(weight))
         elif token == ")" and opened["("]:
@@ -254,18 +254,20 @@ def emphasis(text: str) -> tuple[Piece, ...]:
         elif token == "]" and opened["["]:
             multiply(opened["["].pop(), 1 / 1.1)
         else:
-            first, *others = _BREAK.split(token)
-            pieces.append(Piece(first))
-            for other in others:
-                pieces += [BREAK, Piece(other)]
+            first, *others = [token[1:]] if token.startswith("\\") else _BREAK.split(token)
+            found = [first, *(part for other in others for part in (None, other))]
+            texts += found
+            weights += [1.0] * len(found)
     for start in opened["("]:
         multiply(start, 1.1)
     for start in opened["["]:
         multiply(start, 1 / 1.1)
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and BREAK not in (piece, joined[-1]) and piece.weight == joined[-1].weight:
-            joined[-1] = Piece(joined[-1].text + piece.text, piece.weight)
+    pieces: list[Piece] = []
+    for part, factor in zip(texts, weights, strict=True):
+        if part is None:
+            pieces.append(BREAK)
+        elif pieces and pieces[-1] != BREAK and pieces[-1].weight == factor:
+            pieces[-1] = Piece(pieces[-1].text + part, factor)
         else:
-            joined.append(piece)
-    return tuple(piece for piece in joined if piece.text) or (Piece(""),)
+            pieces.append(Piece(part, factor))
+    return tuple(piece for piece in pieces if piece.text) or (Piece(""),)

@@ -1,4 +1,4 @@
-"""Weighted text to a context of any length, as the web UIs do it: chunks of 75 tokens, weights on their states.
+"""Weighted text of any length to a context, as the web UIs do it: chunks of 75 tokens, states weighted.
 
 A prompt comes as pieces of text with a weight each (`sample/prompts.py` makes them of a typed prompt). Its
 tokens fill chunks that the text tower encodes one by one, and the chunks' hidden states follow one another:
@@ -168,7 +168,7 @@ def encode(
     texts = [padded(row) for row in rows]
     # Each text once, in order; the empty one last, where weights may be taken against it
     distinct = list(dict.fromkeys([*texts, padded([])] if weighted else texts))
-    ids = torch.tensor(distinct, device=text_encoder.token_embedding.weight.device)
+    ids = torch.tensor(distinct, dtype=torch.int64, device=text_encoder.token_embedding.weight.device)
     ids = ids.reshape(-1, tokenizer.context_length)
     states = skipping(text_encoder, skip)(ids)  # (N, T, D)
     z = states[[distinct.index(text) for text in texts]]
