@@ -3,7 +3,8 @@
 Image-to-image is SDEdit (Meng et al. 2022, arXiv:2108.01073): noise a picture to a level between, then
 sample from there. Inpainting by a plain model keeps the known latents at every evaluation; inpainting by a
 model that was trained for it concatenates mask and masked picture to its input (Rombach et al. 2022, section
-4.5). Everything here wraps what `samplers.py` and `denoiser.py` have, so each works with every sampler. Masks are 1 (True) where the picture is painted anew, 0 where it is kept. Called by `sample/pipeline.py`.
+4.5). Everything here wraps what `samplers.py` and `denoiser.py` have, so each works with every sampler.
+Masks are 1 (True) where the picture is painted anew, 0 where it is kept. Called by `sample/pipeline.py`.
 """
 
 import math
@@ -16,15 +17,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.samplers import Noise, Step, drawn, levels
+from ldm.diffusion.step import Noise, Step, drawn, levels
 
 
 def cut(steps: int, strength: float | int, exact: bool = False) -> tuple[int, int]:
     """(steps of the whole grid, steps taken at its end) for a strength in [0, 1].
 
     Without `exact` the grid has `steps` steps and round-half-up(strength steps) of them are taken, at least
-    one unless strength is 0. With `exact` all `steps` are taken, of a grid of round-half-up(steps / strength).
-    Raises ValueError for a strength outside 0..1, NaN included.
+    one unless strength is 0. With `exact` all `steps` are taken, at the end of a grid of
+    round-half-up(steps / strength). Raises ValueError for a strength outside 0..1, NaN included.
     """
     if not 0 <= strength <= 1:
         raise ValueError(
@@ -33,8 +34,13 @@ def cut(steps: int, strength: float | int, exact: bool = False) -> tuple[int, in
     if strength == 0:
         return steps, 0
     if exact:
-        return math.floor(steps / strength + 0.5), steps
-    return steps, max(1, math.floor(strength * steps + 0.5))
+        return half_up(steps / strength), steps
+    return steps, max(1, half_up(strength * steps))
+
+
+def half_up(value: float | int) -> int:
+    """Rounded, halves up; 0.29 * 50 = 14.499999999999998 counts as the half it stands for."""
+    return math.floor(value + 0.5 + 1e-9)
 
 
 def slerp(a: Float[Tensor, "B ..."], b: Float[Tensor, "B ..."], share: float | int) -> Float[Tensor, "B ..."]:
@@ -115,9 +121,11 @@ def resampled(
         turns = times if i < count - 1 else 1
         for turn in range(turns):
             number = i + 2 * turn * count  # of its own for each draw, and the sampler's own in the first turn
-            *_, step = sampler(
-                denoise, x, sigmas[i : i + 2], noise=noise and (lambda _, n=number: noise(n)), **options
-            )
+
+            def own(_: int, *part: int, number: int = number) -> Tensor:
+                return drawn(noise, number, *part)
+
+            *_, step = sampler(denoise, x, sigmas[i : i + 2], noise=own, **options)
             x = step.x
             if turn < turns - 1:
                 x = x + (sigma**2 - sigma_next**2) ** 0.5 * drawn(noise, number + count)

@@ -20,6 +20,8 @@ from ldm.diffusion.step import Noise, Step, levels, require_choice, toward
 # Adams-Bashforth for equal steps, newest first: PNDM eq. 12 and its lower orders.
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(16)  # of Gauss-Legendre quadrature on [-1, 1]
+
 
 def pseudo_adams(history: Sequence[Tensor]) -> Tensor:
     """The slope for the next step from those of the last up to four steps, oldest first."""
@@ -92,15 +94,14 @@ def lagrange_weights(
     u = sigma and to rounding for u = ln sigma.
     """
     low, high = scale(np.array([start, end]))
-    points, weights = np.polynomial.legendre.leggauss(16)
-    u = (high + low) / 2 + (high - low) / 2 * points
+    u = (high + low) / 2 + (high - low) / 2 * POINTS
     of_sigma = np.exp(u) if scale is np.log else np.ones_like(u)  # d sigma / d u
     at = scale(np.array(nodes))
     result = []
     for j, node in enumerate(at):
         others = np.delete(at, j)
         value = np.prod((u[:, None] - others) / (node - others), axis=1)
-        result.append(float((high - low) / 2 * (weights * of_sigma * value).sum()))
+        result.append(float((high - low) / 2 * (WEIGHTS * of_sigma * value).sum()))
     return result
 
 

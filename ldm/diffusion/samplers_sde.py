@@ -116,7 +116,9 @@ def dpmpp_3m_sde(
 ) -> Iterator[Step]:
     """DPM-Solver++(3M) SDE: x0 extrapolated by a parabola in lambda from the last three evaluations.
 
-    The first steps are of order 1 and 2 ("heun" of `dpmpp_2m_sde`). The step to level 0 ends at x0.
+    As in k-diffusion and in DPM-Solver's own code the parabola's bend counts half of what its integral is,
+    so with eta = 0 the order is 2. The first steps are of order 1 and 2 ("heun" of `dpmpp_2m_sde`). The step
+    to level 0 ends at x0.
     """
     require_at_least_0(eta=eta)
     older: list[tuple[float, Tensor]] = []  # newest first

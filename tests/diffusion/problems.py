@@ -26,7 +26,7 @@ def network(x_t, t):
 def seeded(x, seed=3):
     """Noise of each step in the order of one generator, as diffusers draws it."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda index: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return lambda index, part=0: torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def last(steps):
