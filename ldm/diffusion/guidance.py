@@ -158,15 +158,25 @@ def guide(predictions: Predictions, rule: Rule) -> Denoise:
 def classifier_free(
     denoise: Callable[..., Tensor], cond: Conditioning, uncond: Conditioning, scale: float | int
 ) -> Denoise:
-    """`Linear(scale)` on a pair of prompts: uncond + scale (cond - uncond), from one batch per step.
+    """uncond + scale (cond - uncond), from one batch [uncond, cond] per step (Ho & Salimans 2022, eq. 6).
 
-    denoise: (x, sigma, **conditioning) -> x0. cond, uncond: the same names, batch B as x.
-    Raises ValueError for a scale that is not finite or conditionings that do not match.
+    The plain case of `guide(paired(...), Linear(scale))`, written out. denoise: (x, sigma, **conditioning) ->
+    x0. cond, uncond: the same names, batch B as x. Raises ValueError for a scale that is not finite or
+    conditionings that do not match.
     """
     rule = Linear(scale)
     if rule.only is not None:  # the other conditioning need not fit, nor be copied
         return partial(denoise, **(cond if rule.only == "cond" else uncond))
-    return guide(paired(denoise, cond, uncond), rule)
+    if {name: cond[name].shape for name in cond} != {name: uncond[name].shape for name in uncond}:
+        return guide(paired(denoise, cond, uncond), rule)  # prompts of other lengths, or an error
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}  # each (2B, ...)
+
+    def guided(x: Float[Tensor, "B C h w"], sigma: Sigma) -> Float[Tensor, "B C h w"]:
+        levels = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+        x0_uncond, x0_cond = denoise(torch.cat([x, x]), levels, **both).chunk(2)
+        return x0_uncond + scale * (x0_cond - x0_uncond)
+
+    return guided
 
 
 def instructed(
