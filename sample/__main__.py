@@ -19,6 +19,16 @@ COMMANDS = {
     "reconstruct": "encode pictures and decode them again, with their PSNR",
     "evaluate": "measure how well pictures show what their prompts say",
 }
+# The names in ldm/diffusion's tables, which need torch; a test compares them
+SAMPLERS = (
+    *("ddim", "ddpm", "deis", "dpm2", "dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral"),
+    *("dpmpp_3m_sde", "dpmpp_sde", "edm_euler", "edm_heun", "euler", "euler_ancestral", "heun", "lcm", "lms"),
+    *("plms", "pndm", "tcd", "unipc"),
+)
+GRIDS = (
+    *("align_your_steps", "beta", "compvis", "exponential", "karras", "lcm", "leading", "linspace"),
+    *("polyexponential", "sgm_uniform", "simple", "trailing", "uniform"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +50,17 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
         "prompts", nargs="+", type=text, metavar="PROMPT", help='what to show; "" is unconditional'
     )
     command.add_argument("--negative", default="", type=text, metavar="PROMPT", help="what to move away from")
-    command.add_argument("--sampler", default="ddim", help="ddim, ddpm, euler, euler_ancestral (%(default)s)")
+    command.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+    command.add_argument(
+        "--schedule", metavar="NAME[:RHO]", help=f"noise levels: {', '.join(GRIDS)} (by sampler)"
+    )
+    command.add_argument("--eta", type=float, help="how much noise to add, where the sampler has it")
+    command.add_argument(
+        "--sampler-option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="of the sampler: order=3 and variant=bh1 of unipc, churn=20 of edm_heun; may be repeated",
+    )
     command.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
     command.add_argument(
         "--guidance",
@@ -54,13 +74,13 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="I",
-        help="number of the first picture of the seed (%(default)s)",
+        help="the seed's number of the first picture (%(default)s)",
     )
     command.add_argument(
         "--variation-seed",
         type=int,
         metavar="SEED",
-        help="go part of the way to the pictures of another seed",
+        help="go part of the way to another seed's pictures",
     )
     command.add_argument(
         "--variation-strength", type=float, metavar="S", help="how far: 0 is --seed, 1 the other"
@@ -82,15 +102,13 @@ def add_txt2img(command: argparse.ArgumentParser) -> None:
 
 
 def add_img2img(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "init", metavar="IMAGE", help="picture to start from; scaled and cut to a legal size"
-    )
+    command.add_argument("init", metavar="IMAGE", help="to start from; scaled and cut to a legal size")
     add_strength(command, 0.6)
     add_txt2img(command)
 
 
 def add_inpaint(command: argparse.ArgumentParser) -> None:
-    command.add_argument("init", metavar="IMAGE", help="picture to paint in; scaled and cut to a legal size")
+    command.add_argument("init", metavar="IMAGE", help="to paint in; scaled and cut to a legal size")
     command.add_argument("mask", metavar="MASK", help="picture that is white where to paint anew, else black")
     add_strength(command, 1.0)
     command.add_argument(
@@ -104,7 +122,7 @@ def add_inpaint(command: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="take each step N times, as RePaint (%(default)s)",
+        help="take each step N times, RePaint (%(default)s)",
     )
     add_txt2img(command)
 
@@ -116,9 +134,7 @@ def add_strength(command: argparse.ArgumentParser, default: float) -> None:
         default=default,
         help="0 keeps what is there, 1 forgets it; that share of the steps is taken (%(default)s)",
     )
-    command.add_argument(
-        "--exact-steps", action="store_true", help="take all of --steps, whatever the strength"
-    )
+    command.add_argument("--exact-steps", action="store_true", help="take all --steps, whatever the strength")
 
 
 def add_again(command: argparse.ArgumentParser) -> None:
@@ -126,8 +142,8 @@ def add_again(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "options",
         nargs=argparse.REMAINDER,
-        metavar="OPTION",
-        help="options of that command, to change something",
+        metavar="...",
+        help="options of that command, or other prompts, to change something",
     )
     command.set_defaults(debug=False, makers=MAKERS)
 

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     """Make the picture again and say where it is. Raises ValueError and OSError in one line."""
     recorded = read_parameters(Path(args.picture))
     command = recorded.get("command")
-    if command not in args.makers:
+    if not isinstance(command, str) or command not in args.makers:
         raise ValueError(f"{args.picture} was made by {command!r}; again knows {', '.join(args.makers)}")
     try:
         prompts, number = check(recorded, [name for name in POSITIONAL if name in recorded])
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = parse(parser, [*before, *args.options], recorded)
     args.debug = wanted.debug
     same = all(value == getattr(wanted, name) for name, value in vars(made).items() if name not in SIDE)
-    wanted.prompts, only = prompts, None
+    wanted.prompts, only = wanted.prompts or prompts, None
     if number is not None:  # not a grid
         wanted.first = number if wanted.first == made.first else wanted.first
         if same and (together := recorded.get("together")):
@@ -89,9 +89,10 @@ def options(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[st
 
 
 def parse(parser: Parser, arguments: list[str], recorded: Mapping[str, Any]) -> argparse.Namespace:
-    """The arguments with the files that are recorded in their places."""
+    """The arguments with the files that are recorded in their places; prompts are those of `arguments`."""
     paths = {name: recorded[name] for name in POSITIONAL if name in recorded}
-    parsed = parser.parse_args([*arguments, "--", *("-" for _ in paths), "-"])
+    parsed = parser.parse_intermixed_args([*paths, *arguments, "prompt"])  # the places hold any word
     for name, path in paths.items():
         setattr(parsed, name, path)
+    parsed.prompts.pop()
     return parsed

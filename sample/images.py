@@ -102,11 +102,13 @@ def save_new(
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters that `save_png` wrote. Raises ValueError or OSError where there are none."""
+    """The parameters that `save_png` wrote. Raises ValueError or FileNotFoundError where there are none."""
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {}).get("ldm")
-    except (ValueError, SyntaxError) as error:  # a damaged PNG, or text chunks beyond Pillow's limit
+    except FileNotFoundError:
+        raise
+    except (ValueError, SyntaxError, OSError) as error:  # damaged, no PNG, text beyond Pillow's limit
         raise ValueError(f"{path}: unreadable image ({' '.join(str(error).split()):.100})") from None
     if text is None:
         raise ValueError(f"{path} carries no parameters of ours (PNG text chunk 'ldm')")
@@ -152,10 +154,9 @@ def web_ui_text(parameters: dict[str, Any]) -> str:
             case "versions", dict():
                 value = f"ldm {value.get('latent-diffusion-from-scratch', 'unknown')}"
         value = f"{value:.10g}" if isinstance(value, float) else str(value)
-        # Quoted, as there, where its readers would take the value apart.
-        fields.append(
-            f"{title}: {json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n') else value}"
-        )
+        if any(sign in value for sign in ",:\n"):  # quoted, as there: its readers would take the value apart
+            value = json.dumps(value, ensure_ascii=False)
+        fields.append(f"{title}: {value}")
     lines = [str(parameters.get("prompt", ""))]
     if parameters.get("negative"):
         lines.append(f"Negative prompt: {parameters['negative']}")

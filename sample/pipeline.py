@@ -225,12 +225,12 @@ class Pipeline:
         variation: Variation | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """Noise of one kind for pictures by number; with a variation, part of the way to its seed's."""
-        noise = self.noise(shape, *[(seed, kind, i, *more) for i in images])
-        if variation is None:
-            return noise
-        return slerp(
-            noise, self.noise(shape, *[(variation[0], kind, i, *more) for i in images]), variation[1]
-        )
+
+        def of(seed: int) -> Tensor:
+            keys: list[tuple[int | str, ...]] = [(seed, kind, i, *more) for i in images]
+            return self.noise(shape, *keys)
+
+        return of(seed) if variation is None else slerp(of(seed), of(variation[0]), variation[1])
 
     @property
     def inpaints(self) -> bool:
@@ -274,7 +274,7 @@ class Pipeline:
         images: Float[Tensor, "M 3 H W"],
         numbers: Sequence[int],
         *,
-        mask: Bool[Tensor, "1 H W"] | None = None,
+        mask: Bool[Tensor, "1 Hm Wm"] | None = None,
         strength: float | int = 1.0,
         exact_steps: bool = False,
         resample: int = 1,
@@ -437,7 +437,13 @@ class Pipeline:
         are not finite after a step.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        how = {"negative": negative, "seed": seed, "first": first, "steps": steps, "sampler": sampler}
+        how: dict[str, Any] = {
+            "negative": negative,
+            "seed": seed,
+            "first": first,
+            "steps": steps,
+            "sampler": sampler,
+        }
         how |= {"guidance": guidance, "size": size, "eta": eta, "variation": variation}
         how |= {"schedule": schedule, "options": options}
         return self._pictures(prompts, batch, progress, None, **how)
@@ -472,7 +478,7 @@ class Pipeline:
     def inpaint(
         self,
         images: Float[Tensor, "... 3 H W"],
-        mask: Bool[Tensor, "1 H W"],
+        mask: Bool[Tensor, "1 Hm Wm"],
         prompts: str | Sequence[str],
         *,
         strength: float | int = 1.0,
@@ -515,7 +521,7 @@ class Pipeline:
     ) -> Float[Tensor, "N 3 H W"]:
         """All batches; given: images to start from, one or one a prompt, and the options of `start`."""
         parts, made = batches(len(prompts), batch), []
-        common = {"seed": seed, "variation": variation}
+        common: dict[str, Any] = {"seed": seed, "variation": variation}
         for done, part in enumerate(parts):
             start, latents = None, torch.empty(0)
             if given is not None:

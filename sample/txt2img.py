@@ -7,9 +7,10 @@ their pictures and come back here; `again.py` repeats what a picture's text chun
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ def run(
     preview = None if args.preview is None else make_previewer(args.preview, pipe.autoencoder, pipe.device)
     prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
     how = {name: getattr(args, name) for name in ("negative", "seed", "steps", "sampler", "guidance", "size")}
+    own = {"eta": args.eta, "schedule": args.schedule, "options": named_values(args.sampler_option or [])}
     if given is not None:
         how["size"] = (given.image.shape[3], given.image.shape[2])
     common = {**parameters(pipe, args.model, how), **more_parameters(args), **(given.told if given else {})}
@@ -96,7 +98,7 @@ def run(
             if given is not None:
                 start = pipe.start(given.image, numbers, seed=args.seed, variation=variation, **given.options)
                 latents = start.latents  # the result where no step is taken
-            for step in pipe.stream(those, first=numbers[0], variation=variation, start=start, **how):
+            for step in pipe.stream(those, first=numbers[0], variation=variation, start=start, **how, **own):
                 latents = step.sample
                 if preview is not None and due(step.index, steps, args.preview_every):
                     save_preview(preview(step.denoised), out / PREVIEW)
@@ -117,6 +119,20 @@ def run(
         text = {"command": args.command, "prompts": args.prompts, "n": args.n, "batch": args.batch}
         text |= {"first": args.first, **common}
         print(save_new(grid(pictures, columns), out, "grid-", 4, text))
+
+
+def named_values(pairs: Sequence[str]) -> dict[str, float | int | str]:
+    """`NAME=VALUE` texts as a dict, whole numbers and numbers as such. Raises ValueError for another form."""
+    values: dict[str, float | int | str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--sampler-option must be like order=3, got {pair!r}")
+        values[name] = value
+        for kind in (float, int):  # the last that fits
+            with contextlib.suppress(ValueError):
+                values[name] = kind(value)
+    return values
 
 
 def variation_of(args: argparse.Namespace) -> Variation | None:
@@ -144,7 +160,8 @@ def tell_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Non
 
 def more_parameters(args: argparse.Namespace) -> dict[str, Any]:
     """What is told only where it is used: a variation, how the checkpoint is read."""
-    told = {name: getattr(args, name) for name in ("variation_seed", "variation_strength")}
+    names = ("eta", "schedule", "sampler_option", "variation_seed", "variation_strength")
+    told = {name: getattr(args, name) for name in names}
     told = {name: value for name, value in told.items() if value is not None}
     reading = {name: getattr(args, name) for name in READING}
     reading = {name: value for name, value in reading.items() if value not in (None, False, "auto")}
