@@ -177,6 +177,7 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError("diffusers has no pipeline with a CLIP text encoder and a VQ first stage")
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+        "_diffusers_version": "0.35.0",  # of the form that is written; some pipelines ask for it
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -4,17 +4,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import save, single_file, tensors_of
 from torch import Tensor
 from torch.testing import assert_close
 
+from ldm.config import to_dict
 from ldm.models.tokenizer import Tokenizer, vocabulary
 from ldm.weights import compvis
+from ldm.weights.kinds import find_kind
 from ldm.weights.reading import open_checkpoint
 from ldm.weights.writing import convert
 from sample.pipeline import Pipeline
@@ -119,6 +123,24 @@ def test_diffusers_loads_it_and_draws_the_same_picture(tmp_path: Path, kind: str
     pipe = theirs(folder)
     assert_same_picture(folder, Pipeline.load(folder, device="cpu"), pipe)
     assert_same_picture(folder, Pipeline.load(file, device="cpu", prediction=prediction), pipe)
+
+
+def test_an_inpainting_model_is_one_in_diffusers_too(tmp_path: Path) -> None:
+    """Nine channels going in; loaded by the name in model_index.json, and by other pipelines' classes."""
+    library = pytest.importorskip("diffusers")
+    kind = find_kind("tiny_sd15").config
+    assert kind.unet is not None
+    nine = to_dict(replace(kind, unet=replace(kind.unet, in_channels=9)))
+    (tmp_path / "nine.yaml").write_text(yaml.safe_dump(nine))
+    tensors = single_file("tiny_sd15", torch.float16)
+    tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"] = torch.randn(32, 9, 3, 3).half()
+    file = save(tmp_path / "m.safetensors", tensors)
+    checkpoint = open_checkpoint(file, kind=str(tmp_path / "nine.yaml"))
+    folder = convert(checkpoint, tmp_path / "folder", "diffusers")
+    pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert type(pipe) is library.StableDiffusionInpaintPipeline
+    weight = pipe.unet.conv_in.weight
+    assert torch.equal(weight.half(), tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"])
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
