@@ -28,7 +28,7 @@ from ldm.metrics import psnr
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.weights.reading import open_checkpoint
 from ldm.weights.tiny import load_tiny_autoencoder
-from sample.pipeline import find_model
+from sample.model import find_model
 from train.data import DataConfig, load_images, to_float
 from train.tasks.autoencoder import AutoencoderTaskConfig
 

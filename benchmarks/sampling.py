@@ -42,7 +42,8 @@ from ldm.config import find_config, load_config
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.clip import TextEncoder
 from ldm.models.unet import UNet
-from sample.pipeline import Pipeline, find_model
+from sample.model import find_model
+from sample.pipeline import Pipeline
 from train.tasks.autoencoder import AutoencoderTaskConfig
 from train.tasks.diffusion import DiffusionTaskConfig
 

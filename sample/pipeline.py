@@ -6,10 +6,8 @@ conditioning and noise, hands both to a sampler of `ldm/diffusion/samplers.py` a
 `decode` makes pictures of the last step's latents.
 """
 
-import difflib
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,22 +28,13 @@ from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.process import to_sigma_scale
 from ldm.diffusion.samplers import Step, check_options, find_sampler
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig
-from ldm.models.bert import BertTextEncoder
-from ldm.models.class_embedder import ClassEmbedder, ClassTokenizer
-from ldm.models.clip import TextEncoder
-from ldm.models.tokenizer import Tokenizer
-from ldm.models.unet import UNet, UNetConfig
-from ldm.models.wordpiece import WordPieceTokenizer
+from ldm.models.autoencoder import Autoencoder
+from ldm.models.unet import UNet
 from ldm.seeding import generator
 from ldm.weights.checkpoint import Checkpoint
-from ldm.weights.folder import PART_FILES, UNET, save_part
+from ldm.weights.folder import PART_FILES, save_part
 from ldm.weights.reading import open_checkpoint
-
-SHIPPED = Path(__file__).parent / "models"
-ContextEncoder = TextEncoder | BertTextEncoder | ClassEmbedder
-CONTEXTS = ("text", "bert", "classes")  # parts of a checkpoint that a context comes from
-
+from sample.model import CONTEXTS, ContextEncoder, check_fit, find_model, make_tokenizer, reads_text
 
 EXTRA_CHANNELS = {5: "mask and masked picture: it is for inpainting", 1: "depth"}
 Variation = tuple[int, float | int]  # another seed and how far towards it, 0 to 1
@@ -556,52 +545,6 @@ class Pipeline:
         if not bool(torch.isfinite(images).all()):
             raise ValueError(f"decoding in {weight.dtype} gave values that are not finite; try float32")
         return images.clamp(-1, 1)
-
-
-def make_tokenizer(encoder: ContextEncoder, vocabulary: Path | None) -> Any:
-    """What turns prompts into the ids that `encoder` reads."""
-    if isinstance(encoder, ClassEmbedder):
-        return ClassTokenizer(encoder.config)
-    if isinstance(encoder, TextEncoder):
-        return Tokenizer(encoder.config.context_length, encoder.config.padding)
-    return WordPieceTokenizer(vocabulary or Path("vocab.txt"), encoder.config.context_length)
-
-
-def reads_text(config: UNetConfig | None) -> bool:
-    """Whether the UNet attends to a text: the ADM form has no cross-attention."""
-    return config is not None and config.context_dim is not None and config.attention == "transformer"
-
-
-def check_fit(unet: UNetConfig, autoencoder: AutoencoderConfig, width: int | None) -> None:
-    """Raises ValueError where the parts are of different models; `width` is that of the context, if any."""
-    wanted = unet.context_dim if reads_text(unet) else None
-    if wanted != width:
-        raise ValueError(f"the UNet reads a context of width {wanted}, the text encoder gives {width}")
-    if not unet.in_channels >= unet.out_channels == autoencoder.latent_channels:
-        raise ValueError(
-            f"the UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the autoencoder has "
-            f"{autoencoder.latent_channels}; the last two must be equal, and the first no less"
-        )
-
-
-def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a shipped name, or the path itself.
-
-    A shipped name wins over a folder of that name in the working folder, which is `./name`. Raises
-    FileNotFoundError, which lists the shipped names.
-    """
-    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{UNET}"))
-    if str(name_or_path) in shipped:
-        return SHIPPED / str(name_or_path)
-    path = Path(name_or_path).expanduser()
-    if not os.path.lexists(path):
-        near = difflib.get_close_matches(str(name_or_path), shipped, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        names = ", ".join(shipped) or "none"
-        raise FileNotFoundError(
-            f"model {str(name_or_path)!r} is no shipped name, no file and no folder; {hint}shipped: {names}"
-        )
-    return path
 
 
 def sampler_options(

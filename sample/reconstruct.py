@@ -17,7 +17,7 @@ from ldm.metrics import psnr
 from ldm.models.autoencoder import Autoencoder
 from ldm.weights.reading import open_checkpoint
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
-from sample.pipeline import find_model
+from sample.model import find_model
 
 
 def run(args: argparse.Namespace) -> None:

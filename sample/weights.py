@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def inspect_(args: argparse.Namespace) -> None:
     """Print kind, parts, parameters and number formats, and what is missing or foreign; reads no tensor."""
-    from sample.pipeline import find_model
+    from sample.model import find_model
 
     for name in args.files:
         print(described(_open(args, find_model(name))))
@@ -48,7 +48,7 @@ def inspect_(args: argparse.Namespace) -> None:
 def convert_(args: argparse.Namespace) -> None:
     from ldm.device import pick_dtype
     from ldm.weights.writing import convert
-    from sample.pipeline import find_model
+    from sample.model import find_model
 
     checkpoint = _open(args, find_model(args.source))
     dtype = None if args.dtype is None else pick_dtype(args.dtype)

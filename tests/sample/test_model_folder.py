@@ -15,8 +15,9 @@ from ldm.diffusion.schedule import DiffusionConfig
 from ldm.weights.folder import FILES, weights_hash
 from ldm.weights.io import load_weights, save_weights
 from ldm.weights.reading import open_checkpoint
-from sample import pipeline
-from sample.pipeline import Pipeline, find_model
+from sample import model as model_module
+from sample.model import find_model
+from sample.pipeline import Pipeline
 
 PROMPTS = ["a red apple", "a blue fish", "", "a red apple"]
 PIXEL = 2 / 255  # one step of 8 bits, in [-1, 1]
@@ -73,7 +74,7 @@ def test_the_folder_of_a_run_is_its_model(model: Path, tmp_path: Path) -> None:
 def test_shipped_names(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model, tmp_path / "models" / "emoji")
     (tmp_path / "emoji").mkdir()
-    monkeypatch.setattr(pipeline, "SHIPPED", tmp_path / "models")
+    monkeypatch.setattr(model_module, "SHIPPED", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     assert find_model("emoji") == tmp_path / "models" / "emoji"
     assert find_model("./emoji/../models/emoji").samefile(tmp_path / "models" / "emoji")

@@ -491,7 +491,9 @@ def test_foreign_classes_are_named(form, tmp_path, monkeypatch):
     name = "pytorch_lightning.callbacks.other"
     content = {"state_dict": {"a": torch.ones(1)}, "callbacks": {lightning(monkeypatch, name): {"best": 0.5}}}
     path = save(tmp_path / "model.ckpt", content, form)
-    refused(path, f"needs the global {name}.ModelCheckpoint, which .* ask for a .safetensors file, or convert")
+    refused(
+        path, f"needs the global {name}.ModelCheckpoint, which .* ask for a .safetensors file, or convert"
+    )
     refused(save(path, nn.Linear(1, 1), form), "global torch.nn.modules.linear.Linear")
     refused(
         save(path, {"a": nn.ParameterDict({"b": nn.Parameter(torch.ones(1))})}, form),

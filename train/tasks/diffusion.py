@@ -24,7 +24,8 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.seeding import derive, generator
 from ldm.weights.reading import open_checkpoint
 from sample.images import save_grid
-from sample.pipeline import Pipeline, check_fit
+from sample.model import check_fit
+from sample.pipeline import Pipeline
 from train.cache import cached_moments
 from train.data import DataConfig, batch_indices, load_images
 from train.loop import Player, RunConfig
