@@ -93,12 +93,13 @@ def agreement(images: Tensor, truth: Tensor) -> tuple[float, float]:
 def test_the_shipped_model_shows_what_it_makes() -> None:
     """Of real estimates, at the first step and at the last, near the decoded picture's mean in each cell.
 
-    Measured: 20.4 dB and 0.97; the best constant colour gives 11 dB, colours in a wrong order as well.
+    Measured: 20.5 dB and 0.97; colours in a wrong order or mirrored sides give at most 11.5 dB. (Under strong
+    guidance the first estimate leaves the range in which a decoder is nearly linear: 16 dB.)
     """
     emoji = Pipeline.load("emoji", device="cpu")
-    prompts = ["a red apple, noto emoji", "a blue heart, noto emoji", "a dog, noto emoji"]
+    prompts = ["a rainbow, noto emoji", "a crescent moon, fluent 3d emoji", "a banana, noto emoji"]
     preview = linear_previewer(emoji.autoencoder)
-    for step in emoji.stream(prompts, steps=4, seed=3, guidance=4.0):
+    for step in emoji.stream(prompts, steps=4, seed=3, guidance=1.0):
         if step.index not in (0, 3):
             continue
         truth = F.avg_pool2d(emoji.decode(step.denoised), emoji.autoencoder.factor)
