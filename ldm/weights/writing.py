@@ -168,15 +168,26 @@ def _json_of(name: str, config: Config) -> dict[str, Any]:
     return writers[name](config)
 
 
+PIPELINES = {  # by the channels that the UNet reads besides the latents
+    0: "StableDiffusionPipeline",
+    1: "StableDiffusionDepth2ImgPipeline",  # the caller brings its depth estimator, which is no part of ours
+    5: "StableDiffusionInpaintPipeline",
+}
+
+
 def _index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """model_index.json of a Stable Diffusion pipeline, for text alone or for inpainting."""
+    """model_index.json of a Stable Diffusion pipeline."""
     unet = checkpoint.config.unet
-    inpainting = unet is not None and unet.in_channels != unet.out_channels
+    more = 0 if unet is None else unet.in_channels - unet.out_channels
+    if more not in PIPELINES:
+        raise ValueError(
+            f"diffusers has no pipeline for a UNet that reads {more} channels besides the latents"
+        )
     vq = checkpoint.config.autoencoder is not None and checkpoint.config.autoencoder.codebook_size is not None
     if vq:
         raise ValueError("diffusers has no pipeline with a CLIP text encoder and a VQ first stage")
     return {
-        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
+        "_class_name": PIPELINES[more],
         "_diffusers_version": "0.35.0",  # of the form that is written; some pipelines ask for it
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

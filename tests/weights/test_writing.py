@@ -125,20 +125,26 @@ def test_diffusers_loads_it_and_draws_the_same_picture(tmp_path: Path, kind: str
     assert_same_picture(folder, Pipeline.load(file, device="cpu", prediction=prediction), pipe)
 
 
-def test_an_inpainting_model_is_one_in_diffusers_too(tmp_path: Path) -> None:
-    """Nine channels going in; loaded by the name in model_index.json, and by other pipelines' classes."""
+@pytest.mark.parametrize(
+    ("channels", "name"), [(9, "StableDiffusionInpaintPipeline"), (5, "StableDiffusionDepth2ImgPipeline")]
+)
+def test_inpainting_and_depth_models_are_such_in_diffusers_too(
+    tmp_path: Path, channels: int, name: str
+) -> None:
+    """More channels going in; loaded by the class that model_index.json names."""
     library = pytest.importorskip("diffusers")
     kind = find_kind("tiny_sd15").config
     assert kind.unet is not None
-    nine = to_dict(replace(kind, unet=replace(kind.unet, in_channels=9)))
-    (tmp_path / "nine.yaml").write_text(yaml.safe_dump(nine))
+    changed = to_dict(replace(kind, unet=replace(kind.unet, in_channels=channels)))
+    (tmp_path / "kind.yaml").write_text(yaml.safe_dump(changed))
     tensors = single_file("tiny_sd15", torch.float16)
-    tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"] = torch.randn(32, 9, 3, 3).half()
+    tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"] = torch.randn(32, channels, 3, 3).half()
     file = save(tmp_path / "m.safetensors", tensors)
-    checkpoint = open_checkpoint(file, kind=str(tmp_path / "nine.yaml"))
+    checkpoint = open_checkpoint(file, kind=str(tmp_path / "kind.yaml"))
     folder = convert(checkpoint, tmp_path / "folder", "diffusers")
-    pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    assert type(pipe) is library.StableDiffusionInpaintPipeline
+    estimator = {} if channels == 9 else {"depth_estimator": None, "feature_extractor": None}
+    pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **estimator)
+    assert type(pipe) is getattr(library, name)
     weight = pipe.unet.conv_in.weight
     assert torch.equal(weight.half(), tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"])
 
