@@ -6,6 +6,7 @@ its decoder with a codebook. `encode` and `decode` are the original's, unscaled;
 `decode_latents` are the only two places that apply the latent scale and shift.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -239,7 +240,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """What both forms share; images in [-1, 1]. `make_autoencoder` builds the one that a config describes."""
 
     def __init__(self, config: AutoencoderConfig):
@@ -255,9 +256,9 @@ class Autoencoder(nn.Module):
     def factor(self) -> int:
         return self.config.factor
 
+    @abstractmethod
     def encode(self, images: Float[Tensor, "B C H W"]) -> DiagonalGaussian | PointPosterior:
         """The posterior of unscaled latents. Raises ValueError unless the factor divides H and W."""
-        raise NotImplementedError
 
     def encode_moments(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B M h w"]:
         """What `encode` makes its posterior of; errors as there."""

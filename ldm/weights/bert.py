@@ -6,16 +6,13 @@ a pair of norm (0) and function (1). `to_ours` and its two counterparts are exac
 over the vocabulary, `to_logits`: conditioning does not use it, so we neither keep nor write it.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from ldm.models.bert import BertTextConfig
-from ldm.weights.names import Names, Tensors, inside, into_ours, into_theirs
+from ldm.weights.names import Names, Tensors, inside, into_ours, into_theirs, tensor_names
 
 PREFIX = "cond_stage_model."  # where the tower stands in a single-file checkpoint
 
-NO_BIAS = ("embedding", "to_q", "to_k", "to_v")
 DIFFUSERS_BLOCK = {
     "norm1": "self_attn_layer_norm",
     "to_q": "self_attn.q_proj",
@@ -66,7 +63,7 @@ def compvis_names(config: BertTextConfig) -> Names:
             "fc2": f"{mlp}.1.net.2",
         }
         modules |= {f"blocks.{i}.{ours}": theirs for ours, theirs in block.items()}
-    return _tensor_names(modules)
+    return tensor_names(config, modules)
 
 
 def diffusers_names(config: BertTextConfig) -> Names:
@@ -78,12 +75,4 @@ def diffusers_names(config: BertTextConfig) -> Names:
     }
     for i in range(config.layers):
         modules |= inside(f"blocks.{i}", f"model.layers.{i}", DIFFUSERS_BLOCK)
-    return _tensor_names(modules)
-
-
-def _tensor_names(modules: Mapping[str, str]) -> Names:
-    return {
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in modules.items()
-        for kind in (("weight",) if ours.endswith(NO_BIAS) else ("weight", "bias"))
-    }
+    return tensor_names(config, modules)
