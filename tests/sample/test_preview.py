@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.metrics import psnr
-from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, make_autoencoder
+from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, PointPosterior, make_autoencoder
 from ldm.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ldm.weights.io import save_weights
 from ldm.weights.tiny import to_original
@@ -46,8 +46,11 @@ class Affine(Autoencoder):
         super().__init__(TINY)
         self.matrix = torch.tensor([[2.0, 1, 0], [0, 3, -1], [1, 0, 1], [0.5, 0, 0]])  # (4, 3), of rank 3
 
-    def encode_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        return torch.einsum("ij,bjhw->bihw", self.matrix, F.avg_pool2d(images, self.factor)) + 5
+    def encode(self, images: Tensor) -> PointPosterior:
+        return PointPosterior(torch.einsum("ij,bjhw->bihw", self.matrix, F.avg_pool2d(images, self.factor)))
+
+    def scale_latents(self, z: Tensor) -> Tensor:
+        return z + 5
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         colours = torch.einsum("ji,bihw->bjhw", torch.linalg.pinv(self.matrix), latents - 5)
