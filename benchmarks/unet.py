@@ -2,9 +2,11 @@
 
     python -m benchmarks.unet                emoji size: batch 8 = 4 guided pictures, 16x16 latents, 77 tokens
     python -m benchmarks.unet --size sd15    Stable Diffusion 1.5: batch 2 = 1 guided picture, 64x64 latents
+    python -m benchmarks.unet --size sd15 --compile    and compiled: ours by block, diffusers' as a whole
 
 The weights are random and none is zero. A row is one kind of call in one number format and memory layout,
-the same on both sides. `difference` is the largest of the outputs' absolute differences for a call, and for
+the same on both sides. A `call` has inputs that all differ; in a `guided call`, as sampling makes it, two
+prompts share each x, which ours gets once and diffusers' gets twice. `difference` is the largest of the outputs' absolute differences for a call, and for
 a training step the norm of the gradients' difference over that of the gradient. Memory is the peak of a
 process of its own that holds one model, less what it held before building it.
 """
@@ -34,6 +36,7 @@ from benchmarks.common import (
 )
 from ldm.config import find_config, load_config
 from ldm.device import DTYPES
+from ldm.models.compiled import compile_blocks
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.diffusers import to_diffusers
 from train.tasks.diffusion import DiffusionTaskConfig
@@ -59,7 +62,8 @@ SIZES = {
 
 
 class Case(NamedTuple):
-    """One row: "call" or "training step", in one number format and layout."""
+    """One row: "call", "guided call", "compiled call" (guided) or "training step", in one number format and
+    layout."""
 
     kind: str
     size: str
@@ -68,7 +72,7 @@ class Case(NamedTuple):
 
     @property
     def batch(self) -> int:
-        return SIZES[self.size].batch if self.kind == "call" else SIZES[self.size].training_batch
+        return SIZES[self.size].training_batch if self.kind == "training step" else SIZES[self.size].batch
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -76,10 +80,12 @@ def measure(args: argparse.Namespace) -> None:
     if args.quick:
         cases = [
             Case("call", "tiny", "float32", "contiguous"),
+            Case("guided call", "tiny", "float32", "contiguous"),
             Case("training step", "tiny", "bfloat16", "channels_last"),
         ]
     else:
-        kinds = ["call", "training step"] if SIZES[args.size].training_batch else ["call"]
+        kinds = ["call", "guided call", *(["compiled call"] if args.compile else [])]
+        kinds += ["training step"] if SIZES[args.size].training_batch else []
         chosen = itertools.product(kinds, [args.size], args.precision, args.layout)
         cases = [Case(*parts) for parts in chosen]
     described = machine(args.quick)  # before the load is our own
@@ -97,6 +103,7 @@ def measure(args: argparse.Namespace) -> None:
         "ours, s": lambda row: row["ours"],
         "diffusers, s": lambda row: row["diffusers"],
         "times as fast": lambda row: f"{row['times_as_fast']:.2f}",
+        "first call, s": lambda row: f"{row['ours_first']:.1f}, {row['diffusers_first']:.1f}",
         "difference": lambda row: f"{row['difference']:.1e}",
         "ours, MiB": lambda row: f"{row['ours_mib']:.0f}" if "ours_mib" in row else "-",
         "diffusers, MiB": lambda row: f"{row['diffusers_mib']:.0f}" if "diffusers_mib" in row else "-",
@@ -110,19 +117,22 @@ def config_of(size: str) -> UNetConfig:
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, C, h, w), t (B,), context (B, 77, D); the same for both sides."""
+    """x (B, C, h, w), t (B,), context (B, 77, D); the same for both sides. Guided x and t have B / 2 rows."""
     config, generator = config_of(case.size), torch.Generator().manual_seed(1)
     side, batch = config.sample_size, case.batch
     x = torch.randn(batch, config.in_channels, side, side, generator=generator)
     t = torch.randint(1000, (batch,), generator=generator)
     assert config.context_dim is not None, "every size here reads a text"
     context = torch.randn(batch, TOKENS, config.context_dim, generator=generator)
+    if case.kind in ("guided call", "compiled call"):
+        x, t = x[: batch // 2], t[: batch // 2]
     return x.to(memory_format=LAYOUTS[case.layout]), t, context
 
 
 def ready(module: Any, case: Case) -> Any:
     """A module in the mode and memory layout of the case."""
-    module = module.train(case.kind != "call").requires_grad_(case.kind != "call")
+    trains = case.kind == "training step"
+    module = module.train(trains).requires_grad_(trains)
     return module.to(memory_format=LAYOUTS[case.layout])
 
 
@@ -132,15 +142,25 @@ def network(module: Any) -> Network:
         return module
     from benchmarks import theirs
 
-    return lambda x, t, context: theirs.predict(module, x, t, context)
+    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        copies = len(context) // len(x)
+        return theirs.predict(module, torch.cat([x] * copies), torch.cat([t] * copies), context)
+
+    return predict
+
+
+def compiled(module: Any) -> Any:
+    """Either side's module as its library compiles it."""
+    return compile_blocks(module) if isinstance(module, UNet) else torch.compile(module)
 
 
 def step(module: nn.Module, case: Case) -> Callable[[], Tensor]:
     """The timed function: a call returns its output, a training step its loss."""
     x, t, context = inputs(case)
+    module = compiled(module) if case.kind == "compiled call" else module
     predict, dtype = network(module), DTYPES[case.precision]
     cast = partial(torch.autocast, "cpu", dtype=dtype, enabled=dtype != torch.float32)
-    if case.kind == "call":
+    if case.kind != "training step":
 
         def call() -> Tensor:
             with torch.no_grad(), cast():
@@ -175,13 +195,15 @@ def timed(case: Case, rounds: int, warmup: int) -> Row:
     """Seconds of both sides in turns, and by how much they differ."""
     ours, theirs = pair(case)
     sides = {"ours": step(ours, case), "diffusers": step(theirs, case)}
-    results = {name: side().float() for name, side in sides.items()}  # the first call, on equal weights
-    if case.kind == "call":
+    first = {name: alternate({name: side}, 1, 0)[name] for name, side in sides.items()}
+    results = {name: timing.result.float() for name, timing in first.items()}  # on equal weights
+    if case.kind != "training step":
         difference = float((results["ours"] - results["diffusers"]).abs().max())
     else:
         difference = gradient_difference(ours, theirs)
     measured = alternate(sides, rounds, warmup)
-    return {"difference": difference, **timings(measured["ours"], measured["diffusers"])}
+    began = {f"{name}_first": timing.median for name, timing in first.items()}  # with what is compiled then
+    return {"difference": difference, **began, **timings(measured["ours"], measured["diffusers"])}
 
 
 def gradient_difference(ours: UNet, theirs: Any) -> float:
@@ -242,6 +264,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="memory layouts (both)"
     )
+    parser.add_argument("--compile", action="store_true", help="compiled calls too (both)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
     return parser
 

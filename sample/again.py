@@ -14,25 +14,26 @@ from typing import Any
 
 from sample.cli import Parser
 from sample.images import read_parameters
-from sample.txt2img import READING, Repeated
+from sample.options import MAKERS
+from sample.recording import POSITIONAL, READING, SIDE, SOURCES
+from sample.txt2img import Repeated
 
-POSITIONAL = ("init", "mask")  # before the prompts
+SIZED_BY_THE_PICTURE = ("outpaint", "upscale")  # where --size has no say
 NOT_OPTIONS = ("command", "prompt", "prompts", *POSITIONAL, "weights")  # "weights" is a hash of the files
-SIDE = ("out", "preview", "preview_every", "debug")  # change no picture; a file does not set them
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the picture again and say where it is. Raises ValueError and OSError in one line."""
     recorded = read_parameters(Path(args.picture))
     command = recorded.get("command")
-    if not isinstance(command, str) or command not in args.makers:
-        raise ValueError(f"{args.picture} was made by {command!r}; again knows {', '.join(args.makers)}")
+    if not isinstance(command, str) or command not in MAKERS:
+        raise ValueError(f"{args.picture} was made by {command!r}; again knows {', '.join(MAKERS)}")
     try:
         prompts, number = check(recorded, [name for name in POSITIONAL if name in recorded])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{args.picture}: its parameters are not complete ({error})") from None
     parser = Parser(prog="ldm-sample again")
-    args.makers[command](parser)
+    MAKERS[command](parser)
     parser.set_defaults(command=command)
     defaults = vars(parse(parser, [], recorded))
     before = options(recorded, defaults)
@@ -72,15 +73,16 @@ def check(recorded: Mapping[str, Any], paths: list[str]) -> tuple[list[str], int
 def options(recorded: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """The command line's options that say what is recorded, of those that it has."""
     arguments = []
-    known = {name: value for name, value in recorded.items() if name not in (*NOT_OPTIONS, *SIDE)}
+    known = {name: value for name, value in recorded.items() if name not in (*NOT_OPTIONS, *SIDE, *SOURCES)}
     for name, value in {**known, **recorded.get("reading", {})}.items():
-        if name not in defaults or value is None:
+        computed = name == "size" and recorded["command"] in SIZED_BY_THE_PICTURE
+        if name not in defaults or value is None or computed:
             continue
         option = "-n" if name == "n" else "--" + name.replace("_", "-")
         if isinstance(defaults[name], bool):
             if value is not defaults[name]:
                 arguments.append(option if value else "--no-" + option.removeprefix("--"))
-        elif name == "size" and isinstance(value, list):
+        elif name in ("size", "hires") and isinstance(value, list):
             arguments.append(f"{option}={'x'.join(map(str, value))}")
         else:
             values = value if isinstance(value, list) else [value]

@@ -95,7 +95,7 @@ def size(argument: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
     """What a checkpoint may leave open."""
     parser.add_argument("--kind", metavar="NAME", help="kind of a single file, if it is not recognised")
     parser.add_argument("--prediction", help="eps, v or x0, where the checkpoint does not tell")
@@ -107,18 +107,19 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, on what, and how to show errors."""
-    parser.add_argument(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--model",
         default="emoji",
         metavar="NAME|PATH",
         help="shipped name, checkpoint file (.safetensors, .ckpt), diffusers folder, or folder of a model or "
         "run (%(default)s)",
     )
-    add_checkpoint_options(parser)
-    parser.add_argument("--vocabulary", metavar="FILE", help="vocab.txt of a model with a BERT text tower")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_checkpoint_options(group)
+    group.add_argument("--vocabulary", metavar="FILE", help="vocab.txt of a model with a BERT text tower")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (%(default)s)")
+    group.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":

@@ -34,7 +34,7 @@ from ldm.weights.io import write_atomically
 from sample.cli import load_pipeline
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.pipeline import Pipeline
-from sample.txt2img import versions
+from sample.recording import versions
 
 COLUMNS = ("file_name", "text", "concept", "style", "split")
 SHOWN = 64  # pictures in the grid, each beside its nearest neighbour

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from einops import rearrange
 from jaxtyping import Float
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from ldm.diffusion.names import GRID_NAMES, SAMPLER_NAMES, GridName, SamplerName
 
 # --- tensors and pictures -----------------------------------------------------------------------------------
 
@@ -121,12 +124,6 @@ def read_parameters(path: Path) -> dict[str, Any]:
     return parameters
 
 
-WEB_UI_SAMPLERS = {
-    "ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "euler": "Euler", "euler_ancestral": "Euler a",
-    "heun": "Heun", "dpm2": "DPM2", "dpm2_ancestral": "DPM2 a", "lms": "LMS", "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2s_ancestral": "DPM++ 2S a", "dpmpp_sde": "DPM++ SDE", "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_3m_sde": "DPM++ 3M SDE", "unipc": "UniPC", "lcm": "LCM",
-}  # fmt: skip
 WEB_UI_FIELDS = {
     "steps": "Steps", "sampler": "Sampler", "schedule": "Schedule type", "guidance": "CFG scale",
     "seed": "Seed", "size": "Size", "weights": "Model hash", "model": "Model", "eta": "Eta",
@@ -148,7 +145,9 @@ def web_ui_text(parameters: dict[str, Any]) -> str:
             continue
         match name, value:
             case "sampler", str():
-                value = WEB_UI_SAMPLERS.get(value, value)
+                value = web_ui_name(SAMPLER_NAMES, value, parameters.get("sampler_option"))
+            case "schedule", str():
+                value = web_ui_name(GRID_NAMES, value)
             case "size", list() | tuple():
                 value = "x".join(map(str, value))
             case "versions", dict():
@@ -161,6 +160,15 @@ def web_ui_text(parameters: dict[str, Any]) -> str:
     if parameters.get("negative"):
         lines.append(f"Negative prompt: {parameters['negative']}")
     return "\n".join([*lines, ", ".join(fields)])
+
+
+def web_ui_name(rows: Sequence[SamplerName | GridName], ours: str, options: Any = None) -> str:
+    """What the web UI calls our sampler with these options, or our schedule; ours where it has no such."""
+    for row in rows:
+        own = [f"{name}={value}" for name, value in getattr(row, "options", {}).items()]
+        if row[0] == ours and own == (options or []) and row.a1111:
+            return row.a1111
+    return ours
 
 
 def save_grid(images: Float[Tensor, "B C H W"], path: Path, columns: int | None = None) -> None:

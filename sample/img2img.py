@@ -5,32 +5,49 @@ each picture made), noise it to the level where the last `--strength` of the ste
 """
 
 import argparse
-import hashlib
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ldm.diffusion.editing import cut
 from sample import txt2img
+from sample.depth import read_depth
 from sample.images import cover, read_rgb, to_tensor
 from sample.pipeline import Pipeline
+from sample.settings import Sampling
+from sample.start import Start, depth_start
 from sample.txt2img import Given, Repeated
 
 
-def run(args: argparse.Namespace, repeated: Repeated | None = None) -> None:
-    """Make the pictures; `repeated` as in `txt2img.run`. Raises ValueError and OSError in one line."""
+def run(
+    args: argparse.Namespace, repeated: Repeated | None = None, pipe: Pipeline | None = None
+) -> list[Path]:
+    """Make the pictures; arguments as in `txt2img.run`. Raises ValueError and OSError in one line."""
     cut(1, args.strength)  # before the model is read
-    txt2img.run(args, repeated, partial(given, args, read_rgb(Path(args.init))))
+    return txt2img.run(args, repeated, partial(given, args, read_rgb(Path(args.init))), pipe)
 
 
-def given(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline) -> Given:
-    """The picture in the size of `--size`, or in the legal one nearest to its own."""
-    fitted = cover(picture, fitting_size(args, picture, pipe))
-    options = {"strength": args.strength, "exact_steps": args.exact_steps}
-    return Given(to_tensor(fitted)[None], options, {**options, **source(args.init, "init")})
+def given(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline, sampling: Sampling) -> Given:
+    """The picture in the size of `--size`, or in the legal one nearest to its own; its depth, if given."""
+    size = fitting_size(args, picture, pipe)
+    image = to_tensor(cover(picture, size))[None]
+    depth = None if args.depth is None else read_depth(Path(args.depth), size)
+
+    def start(numbers: Sequence[int]) -> Start:
+        begun = pipe.start(
+            image,
+            numbers,
+            strength=args.strength,
+            exact_steps=args.exact_steps,
+            seed=sampling.seed,
+            variation=sampling.variation,
+        )
+        return begun if depth is None else depth_start(pipe, depth, size, begun, numbers)
+
+    return Given(size, start, args.strength, args.exact_steps)
 
 
 def fitting_size(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline) -> tuple[int, int]:
@@ -47,9 +64,3 @@ def fitting_size(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline)
             file=sys.stderr,
         )
     return size
-
-
-def source(path: str, name: str) -> dict[str, Any]:
-    """A file that a picture was made of, for its text chunk: the path as given and a hash of its bytes."""
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    return {name: path, f"{name}_hash": digest}

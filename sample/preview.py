@@ -95,9 +95,14 @@ def due(index: int, steps: int, every: int) -> bool:
     return index % every == 0 or index == steps - 1
 
 
-def save_preview(images: Float[Tensor, "B 3 H W"], path: Path) -> None:
-    """A batch as one grid, pictures scaled to a longer side of 192 pixels; atomic, over the one before."""
+def enlarged(images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 3 H W"]:
+    """Images scaled to a longer side of 192 pixels."""
     height, width = images.shape[-2:]
     scale = SIDE / max(height, width)
     size = [max(1, round(side * scale)) for side in (height, width)]
-    save_grid(F.interpolate(images, size=size, mode="bilinear", antialias=True), path)
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def save_preview(images: Float[Tensor, "B 3 H W"], path: Path) -> None:
+    """A batch as one grid, enlarged; atomic, over the one before."""
+    save_grid(enlarged(images), path)

@@ -1,4 +1,4 @@
-"""The web UI's prompt language: text -> tree -> what the prompt says at a step.
+"""Prompt languages: text -> tree -> what the prompt says at a step. The web UI's:
 
     (x)  [x]  (x:1.3)     weight times 1.1, divided by 1.1, times 1.3; brackets nest and multiply
     \\( \\) \\[ \\] \\\\        the character itself; so do \\: and \\| here
@@ -12,11 +12,14 @@ Two stages, as in the web UI. `parse` reads what changes with the step and AND (
 picks, which leaves a plain text whose brackets `emphasis` counts. So a weight may change on the way,
 (x:[1.3:0.8:0.5]), and brackets that do not match are no error: opened and never closed they hold to the
 end, closed and never opened they are text. Nothing a user can type is an error.
+
+Other ways to read a prompt are the rows of `SYNTAXES`; ComfyUI's knows round brackets only.
 """
 
+import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -59,9 +62,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A parsed prompt: one part, or several joined by AND."""
+    """A parsed prompt: one part, or several joined by AND. syntax: a key of SYNTAXES, for its brackets."""
 
     parts: tuple[Part, ...]
+    syntax: str = "webui"
 
 
 # Brackets that do not match arrive as LOOSE, so that the grammar sees only matching ones.
@@ -91,6 +95,7 @@ _EMPHASIS = re.compile(
     r"\\[()\[\]\\:|]?|:\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]:]|[^\\()\[\]:]+"
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_COMFY = re.compile(r"\\[()]|[()]|[^()\\]+|\\")
 
 
 class _Brackets:
@@ -130,20 +135,43 @@ def _parser(composed: bool) -> Any:
     return lark.Lark(grammar, parser="lalr", lexer="basic", postlex=_Brackets(), keep_all_tokens=False)
 
 
-def parse(text: str, composed: bool = True) -> Prompt:
+def parse(text: str, composed: bool = True, syntax: str = "webui") -> Prompt:
     """The tree of a prompt. Every text has one.
+
+    syntax: how to read it, a key of SYNTAXES; ValueError for another.
 
     composed: whether AND and a weight at the end mean anything; the web UI's negative prompt has neither. As
     there, a number after a colon at the very end of a prompt is its weight, also without AND: write
     "at 10\\:30" for the time.
     """
+    if syntax not in SYNTAXES:
+        raise ValueError(f"syntax of prompts must be one of {', '.join(SYNTAXES)}, got {syntax!r}")
+    if not SYNTAXES[syntax].trees:
+        return Prompt((Part((text,)),), syntax)
     parts = []
     for tree in _parser(composed).parse(text).children:
         children, weight = list(tree.children), 1.0
         if children and getattr(children[-1], "type", "") == "WEIGHT":
             weight = float(children.pop()[1:])
         parts.append(Part(_nodes(children)[0], weight))
-    return Prompt(tuple(parts))
+    return Prompt(tuple(parts), syntax)
+
+
+def mixed(prompt: Prompt) -> Prompt:
+    """The prompt with the weights of its parts divided by their sum, so that they are shares of one.
+
+    As it is, "Van Gogh:3 AND Monet:2" pulls with 3 s + 2 s at a guidance of s, as in the web UI: right for
+    weights near 1, where AND adds what each part asks for to the picture. Mixed, 0.6 s + 0.4 s pull with s
+    in all, however many the parts: right where the numbers mean how much of each ("three of Van Gogh, two of
+    Monet"). One part alone gets weight 1.
+
+    Raises ValueError where the sum is not positive, or not finite.
+    """
+    total = sum(part.weight for part in prompt.parts)
+    if not 0 < total < math.inf:
+        weights = ", ".join(f"{part.weight:g}" for part in prompt.parts)
+        raise ValueError(f"weights of a mixture need a finite sum above 0, got {weights}")
+    return replace(prompt, parts=tuple(replace(part, weight=part.weight / total) for part in prompt.parts))
 
 
 def _nodes(children: Sequence[Any]) -> tuple[tuple[Node, ...], bool]:
@@ -209,13 +237,10 @@ def text_at(nodes: Sequence[Node], step: int, steps: int) -> str:
     return "".join(texts)
 
 
-def at_step(
-    prompt: Prompt, step: int, steps: int, emphasised: bool = True
-) -> tuple[tuple[float, tuple[Piece, ...]], ...]:
+def at_step(prompt: Prompt, step: int, steps: int) -> tuple[tuple[float, tuple[Piece, ...]], ...]:
     """What the prompt says at step 0..steps-1: (weight of the part, its pieces) of each part.
 
-    Equal for steps that say the same, and hashable, so that each is encoded once. emphasised: False takes
-    brackets and BREAK as text (the web UI's emphasis "None").
+    Equal for steps that say the same, and hashable, so that each is encoded once.
     Raises ValueError for a step outside 0..steps-1.
     """
     if not 0 <= step < steps:
@@ -223,10 +248,8 @@ def at_step(
     texts = [text_at(part.nodes, step, steps) for part in prompt.parts]
     if len(texts) > 1:  # the blanks around AND
         texts = [text.strip() for text in texts]
-    return tuple(
-        (part.weight, emphasis(text) if emphasised else (Piece(text),))
-        for part, text in zip(prompt.parts, texts, strict=True)
-    )
+    pieces = SYNTAXES[prompt.syntax].pieces
+    return tuple((part.weight, pieces(text)) for part, text in zip(prompt.parts, texts, strict=True))
 
 
 def emphasis(text: str) -> tuple[Piece, ...]:
@@ -271,3 +294,78 @@ def emphasis(text: str) -> tuple[Piece, ...]:
         else:
             pieces.append(Piece(part, factor))
     return tuple(piece for piece in pieces if piece.text) or (Piece(""),)
+
+
+def comfy_emphasis(text: str) -> tuple[Piece, ...]:
+    """ComfyUI's way: (x) is the weight around it times 1.1, (x:1.3) is 1.3 whatever stands around it.
+
+    Only round brackets count; \\( and \\) are the characters. The number follows the last colon in the
+    bracket, and something stands before that colon. Text between two brackets is a piece of its own, also
+    where neighbours weigh the same. Brackets that do not match: see `_comfy_groups`.
+    """
+    pieces = []
+    todo = [(_COMFY.findall(text), 1.0)]  # what is still to be read, the next one last
+    while todo:
+        tokens, weight = todo.pop()
+        groups = _comfy_groups(tokens)
+        if groups == [tokens] and not _bracketed(tokens):
+            said = "".join(token[-1] if token in ("\\(", "\\)") else token for token in tokens)
+            # A blank more, lest it be taken for the end of a chunk
+            pieces.append(Piece(said + " " if (said, weight) == BREAK else said, weight))
+        else:
+            for group in reversed(groups):
+                todo.append(_inside(group, weight) if _bracketed(group) else (group, weight))
+    return tuple(pieces) or (Piece(""),)
+
+
+def _comfy_groups(tokens: list[str]) -> list[list[str]]:
+    """Text and brackets in turn: one opened at depth 0 reaches to where the depth is 0 again, or to the end.
+
+    One that reaches to the end is text, brackets inside it included, unless it ends in a closing bracket,
+    which then counts for it. One closed and never opened is text and leaves the depth at -1, so that the next
+    one opened is text too.
+    """
+    groups: list[list[str]] = [[]]
+    depth = 0
+    for token in tokens:
+        if token == "(" and depth == 0:
+            groups.append([])
+        groups[-1].append(token)
+        depth += (token == "(") - (token == ")")
+        if token == ")" and depth == 0:
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def _bracketed(group: list[str]) -> bool:
+    return len(group) > 1 and group[0] == "(" and group[-1] == ")"
+
+
+def _inside(group: list[str], weight: float) -> tuple[list[str], float]:
+    """What stands in a bracket, without its number, and its weight."""
+    inner = group[1:-1]
+    before, colon, number = inner[-1].rpartition(":") if inner else ("", "", "")
+    if colon and _NUMBER.fullmatch(number) and (before or len(inner) > 1):
+        return [*inner[:-1], *filter(None, [before])], float(number)
+    return inner, weight * 1.1
+
+
+def as_typed(text: str) -> tuple[Piece, ...]:
+    """The text, brackets and BREAK included."""
+    return (Piece(text),)
+
+
+@dataclass(frozen=True)
+class Syntax:
+    """A way to read prompts. trees: with AND, schedules and alternation. pieces: what brackets mean."""
+
+    trees: bool
+    pieces: Callable[[str], tuple[Piece, ...]]
+
+
+SYNTAXES = {
+    "webui": Syntax(True, emphasis),
+    "webui-none": Syntax(True, as_typed),  # the web UI with its emphasis set to "None"
+    "comfy": Syntax(False, comfy_emphasis),
+    "plain": Syntax(False, as_typed),
+}

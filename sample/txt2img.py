@@ -1,207 +1,251 @@
 """`ldm-sample txt2img PROMPT...`: prompts to PNG files, each with all it takes to make it again, and a grid.
 
-Follows `__main__` in the walk and goes on to `pipeline`. The pictures of a prompt come together, in the
-order of the prompts; picture i of the whole call is image i of the seed. They are written batch by batch,
-so that CTRL-C keeps what is done; `--preview` shows those in the making. `img2img.py` and `inpaint.py` read
-their pictures and come back here; `again.py` repeats what a picture's text chunk says.
+Follows `__main__` in the walk and goes on to `stream`. The pictures of a prompt come together, in the order
+of the prompts; picture i of the whole call is image i of the seed. They are written batch by batch, so that
+CTRL-C keeps what is done. The other commands that make pictures (`img2img.py`, `inpaint.py`, ...) read what
+they start from and come back here; `again.py` repeats what a picture's text chunk says.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.diffusion.editing import cut
-from ldm.weights.folder import weights_hash
+from ldm.diffusion.editing import cut, require_choice, upscale_latents
+from sample.arguments import prompts_of, sampling_of, weaker_of
 from sample.cli import load_pipeline
-from sample.images import grid, output_folder, save_new, to_pil
-from sample.pipeline import Pipeline, Variation, batches
-from sample.preview import PREVIEW, due, make_previewer, save_preview
+from sample.depth import read_depth
+from sample.images import grid, output_folder, save_new, to_pil, to_tensor
+from sample.looking import Look, Looking, looking_of
+from sample.pipeline import Pipeline, batches
+from sample.preview import PREVIEW
+from sample.recording import common_parameters, tell_differences
+from sample.settings import Sampling
+from sample.speed import speed_up
+from sample.start import Start, depth_start, reads
+from sample.stream import checked_levels
+from sample.words import length_told
+
+LANCZOS = Image.Resampling.LANCZOS
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a command has besides its prompts: a picture in [-1, 1] of a legal size to start from.
+    """What a command has besides its prompts.
 
-    options: for `Pipeline.start`, strength and exact_steps among them. painted: True where the result is
-    shown, the picture's own pixels elsewhere; None is everywhere. told: what the text chunks say of all this.
+    size: (W, H) of the pictures to make. start: numbers of pictures -> what they start from. strength,
+    exact_steps: of these starts. finish: what is done to the images made, in [-1, 1].
     """
 
-    image: Float[Tensor, "1 3 H W"]
-    options: dict[str, Any]
-    told: dict[str, Any]
-    painted: Bool[Tensor, "1 H W"] | None = None
-
-    def finish(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-        return images if self.painted is None else torch.where(self.painted, images, self.image)
+    size: tuple[int, int]
+    start: Callable[[Sequence[int]], Start]
+    strength: float | int = 1.0
+    exact_steps: bool = False
+    finish: Callable[[Tensor], Tensor] = lambda images: images
 
 
 @dataclass(frozen=True)
 class Repeated:
     """What `again` repeats: the text chunk of a picture, and the number of the one picture to write.
 
-    Where that is None, all that are made are written, and their grid.
+    Where that is None, all that are made are written, and their grid. dry: nothing is made, only checked.
     """
 
     recorded: Mapping[str, Any]
     only: int | None = None
+    dry: bool = False
+
+    def leaves_out(self, number: int) -> bool:
+        return self.only not in (None, number)
+
+
+Read = Callable[[Pipeline, Sampling], Given]
 
 
 def run(
     args: argparse.Namespace,
     repeated: Repeated | None = None,
-    read: Callable[[Pipeline], Given] | None = None,
-) -> None:
+    read: Read | None = None,
+    pipe: Pipeline | None = None,
+) -> list[Path]:
     """Make `args.n` pictures a prompt and say where they are. Raises ValueError and OSError in one line.
 
-    read: gives what the command starts from, once the model is there.
+    read: gives what the command starts from, once the model is there. pipe: the model, where it is loaded
+    already. Returns the pictures' files.
     """
+    job = prepare(args, repeated or Repeated({}), read or from_noise(args), pipe)
+    if job.repeated.dry:
+        return []
+    pipe, sampling, total = job.pipe, job.sampling, sum(steps for _, steps in job.passes)
+    with tqdm(total=len(job.parts) * total, unit="step", disable=None) as bar:  # None: only on a terminal
+        for part in job.parts:
+            prompts, negative = [job.asked[i][0] for i in part], job.asked[part[0]][1]
+            numbers, latents = [args.first + i for i in part], torch.empty(0)
+            how = {**vars(sampling), "negative": negative}
+            with job.looking.batch(prompts, sampling.wording, total) as look:
+                for start_of, _ in job.passes:
+                    start = start_of(numbers, latents)
+                    latents = latents if start.latents is None else start.latents  # the result of no step
+                    for step in pipe.stream(prompts, first=numbers[0], start=start, **how):
+                        latents = step.sample
+                        if look.see(step) and step.index == part[0] == 0:  # told once, when it is there
+                            bar.write(str(job.out / PREVIEW))
+                        bar.update()
+            images = job.given.finish(pipe.decode(latents, tile=args.tile))
+            job.write(prompts, negative, numbers, to_pil(images), look, bar)
+    job.write_grid()
+    return job.files
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command ready to run: everything but the sampling itself."""
+
+    args: argparse.Namespace
+    repeated: Repeated
+    pipe: Pipeline
+    sampling: Sampling
+    asked: list[tuple[str, str]]  # (prompt, negative prompt) of each picture
+    given: Given
+    passes: list["Pass"]
+    looking: Looking
+    out: Path
+    common: dict[str, Any]  # what the text chunks of all pictures say
+    files: list[Path] = field(default_factory=list)
+    pictures: list[Image.Image] = field(default_factory=list)
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """The pictures that are made together: at most a batch, of one negative prompt."""
+        runs = [list(run) for _, run in groupby(range(len(self.asked)), key=lambda i: self.asked[i][1])]
+        return [[run[i] for i in part] for run in runs for part in batches(len(run), self.args.batch)]
+
+    def write(
+        self,
+        prompts: list[str],
+        negative: str,
+        numbers: list[int],
+        made: list[Image.Image],
+        look: Look,
+        bar: tqdm,
+    ) -> None:
+        """The files of one batch, each name told."""
+        for row, (number, picture) in enumerate(zip(numbers, made, strict=True)):
+            if self.repeated.leaves_out(number):
+                continue
+            text = {
+                "command": self.args.command,
+                "prompt": prompts[row],
+                "negative": negative,
+                "image": number,
+            }
+            if len(prompts) > 1:  # whose pixels it shares the rounding of
+                text["together"] = {"first": numbers[0], "prompts": prompts}
+            path = save_new(picture, self.out, "", 5, {**text, **self.common})
+            self.files.append(path)
+            self.pictures.append(picture)
+            for file in [path, *look.save(path, row, picture, self.sampling.wording)]:
+                bar.write(str(file))
+
+    def write_grid(self) -> None:
+        """All pictures in one, a row a prompt."""
+        if len(self.pictures) < 2:
+            return
+        prompts, n = [prompt for prompt, _ in self.asked], self.args.n
+        if self.args.wildcards is None:  # else each picture has a prompt of its own
+            prompts = prompts[::n]
+        text = {"command": self.args.command, "prompts": prompts, "negative": self.args.negative}
+        text |= {"n": len(self.asked) // len(prompts), "batch": self.args.batch, "first": self.args.first}
+        columns = n if len(self.asked) > n else None
+        print(save_new(grid(self.pictures, columns), self.out, "grid-", 4, {**text, **self.common}))
+
+
+def prepare(args: argparse.Namespace, repeated: Repeated, read: Read, pipe: Pipeline | None) -> Job:
+    """Check the options, load the model, read what is given: all that can fail before any work is done."""
     if args.n < 1:
         raise ValueError(f"-n must be at least 1 picture a prompt, got {args.n}")
-    if args.preview_every < 1:
-        raise ValueError(f"--preview-every must be at least 1 step, got {args.preview_every}")
     if args.first < 0:
         raise ValueError(f"--first must be at least 0, got {args.first}")
-    out = output_folder(args.out)
-    variation = variation_of(args)
-    pipe = load_pipeline(args)
-    warn(pipe, args)
-    given = None if read is None else read(pipe)
-    preview = None if args.preview is None else make_previewer(args.preview, pipe.autoencoder, pipe.device)
-    prompts = [prompt for prompt in args.prompts for _ in range(args.n)]
-    how = {name: getattr(args, name) for name in ("negative", "seed", "steps", "sampler", "guidance", "size")}
-    own = {"eta": args.eta, "schedule": args.schedule, "options": named_values(args.sampler_option or [])}
-    if given is not None:
-        how["size"] = (given.image.shape[3], given.image.shape[2])
-    common = {**parameters(pipe, args.model, how), **more_parameters(args), **(given.told if given else {})}
-    if repeated:
-        tell_differences(repeated.recorded, common)
-    pictures: list[Image.Image] = []
-    parts = batches(len(prompts), args.batch)
-    steps = args.steps
-    if given is not None:
-        steps = cut(args.steps, given.options["strength"], given.options["exact_steps"])[1]
-    with tqdm(total=len(parts) * steps, unit="step", disable=None) as bar:  # None: only on a terminal
-        for part in parts:
-            those = prompts[part.start : part.stop]
-            numbers = range(args.first + part.start, args.first + part.stop)
-            start = None
-            if given is not None:
-                start = pipe.start(given.image, numbers, seed=args.seed, variation=variation, **given.options)
-                latents = start.latents  # the result where no step is taken
-            for step in pipe.stream(those, first=numbers[0], variation=variation, start=start, **how, **own):
-                latents = step.sample
-                if preview is not None and due(step.index, steps, args.preview_every):
-                    save_preview(preview(step.denoised), out / PREVIEW)
-                    if step.index == part.start == 0:  # told once, when it is there
-                        bar.write(str(out / PREVIEW))
-                bar.update()
-            images = pipe.decode(latents)
-            for i, picture in zip(numbers, to_pil(given.finish(images) if given else images), strict=True):
-                if repeated and repeated.only not in (None, i):
-                    continue
-                pictures.append(picture)
-                text = {"command": args.command, "prompt": those[i - numbers[0]], "image": i, **common}
-                if len(those) > 1:  # whose pixels it shares the rounding of
-                    text["together"] = {"first": numbers[0], "prompts": those}
-                bar.write(str(save_new(picture, out, "", 5, text)))
-    if len(pictures) > 1:
-        columns = args.n if len(args.prompts) > 1 else None  # a row a prompt
-        text = {"command": args.command, "prompts": args.prompts, "n": args.n, "batch": args.batch}
-        text |= {"first": args.first, **common}
-        print(save_new(grid(pictures, columns), out, "grid-", 4, text))
+    out, sampling, asked = output_folder(args.out), sampling_of(args), prompts_of(args)
+    cut(1, args.hires_strength)
+    require_choice("--hires-mode", args.hires_mode, HIRES_MODES)
+    if args.tile is not None and args.tile < 1:
+        raise ValueError(f"--tile must be at least 1 latent cell, got {args.tile}")
+    pipe = load_pipeline(args) if pipe is None else pipe
+    sampling = replace(sampling, guidance=replace(sampling.guide, weak=weaker_of(args)))
+    warn(pipe, asked, sampling)
+    given = read(pipe, sampling)
+    sampling = replace(sampling, size=given.size)
+    speed_up(pipe, args, given.size)
+    looking = looking_of(args, pipe, out)
+    common = common_parameters(args, pipe, given.size)
+    tell_differences(repeated.recorded, common)
+    passes = passes_of(args, pipe, given, sampling)
+    checked_levels(pipe, sampling, Start(strength=given.strength, exact_steps=given.exact_steps))
+    return Job(args, repeated, pipe, sampling, asked, given, passes, looking, out, common)
 
 
-def named_values(pairs: Sequence[str]) -> dict[str, float | int | str]:
-    """`NAME=VALUE` texts as a dict, whole numbers and numbers as such. Raises ValueError for another form."""
-    values: dict[str, float | int | str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"--sampler-option must be like order=3, got {pair!r}")
-        values[name] = value
-        for kind in (float, int):  # the last that fits
-            with contextlib.suppress(ValueError):
-                values[name] = kind(value)
-    return values
+# --- what is sampled ----------------------------------------------------------------------------------------
+
+# From numbers of pictures and the latents of the pass before to what the pass starts from; its steps
+Pass = tuple[Callable[[Sequence[int], Tensor], Start], int]
+HIRES_MODES = ("nearest", "bilinear", "bicubic", "pixels")
 
 
-def variation_of(args: argparse.Namespace) -> Variation | None:
-    """The other seed and the share of its noise. Raises ValueError where one comes without the other."""
-    if (args.variation_seed is None) != (args.variation_strength is None):
-        raise ValueError("--variation-seed and --variation-strength need each other")
-    if args.variation_seed is None:
-        return None
-    if not 0 <= args.variation_strength <= 1:
-        raise ValueError(f"--variation-strength must be between 0 and 1, got {args.variation_strength}")
-    return args.variation_seed, args.variation_strength
+def from_noise(args: argparse.Namespace) -> Read:
+    """What a prompt alone starts from, and the depth that some models read."""
+
+    def given(pipe: Pipeline, sampling: Sampling) -> Given:
+        _, h, w = pipe.latent_shape(sampling.size)
+        size = (w * pipe.autoencoder.factor, h * pipe.autoencoder.factor)
+        if getattr(args, "depth", None) is None:
+            return Given(size, lambda numbers: Start())
+        depth = read_depth(Path(args.depth), size)
+        return Given(size, lambda numbers: depth_start(pipe, depth, size, Start(), numbers))
+
+    return given
 
 
-def tell_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say on stderr why a picture made again may not be the same, where nobody asked for the difference."""
-    told = ["versions", "init_hash", "mask_hash"] + ["weights"] * (recorded.get("model") == now["model"])
-    for name in told:
-        was, now_is = recorded.get(name), now.get(name)
-        if was is not None and was != now_is:
-            print(
-                f"ldm-sample: warning: {name} differ: the picture was made with {was}, now {now_is}",
-                file=sys.stderr,
-            )
+def passes_of(args: argparse.Namespace, pipe: Pipeline, given: Given, sampling: Sampling) -> list[Pass]:
+    """One pass, or two with `--hires`: the second starts from the enlarged result of the first."""
+    steps = cut(sampling.steps, given.strength, given.exact_steps)[1]
+    passes: list[Pass] = [(lambda numbers, latents: given.start(numbers), steps)]
+    if args.hires is None:
+        return passes
+    if reads(pipe) is not None:
+        raise ValueError("--hires needs a model that reads a prompt alone")
+    pipe.latent_shape(args.hires)
+    return [*passes, (partial(second_start, args, pipe), cut(sampling.steps, args.hires_strength)[1])]
 
 
-def more_parameters(args: argparse.Namespace) -> dict[str, Any]:
-    """What is told only where it is used: a variation, how the checkpoint is read."""
-    names = ("eta", "schedule", "sampler_option", "variation_seed", "variation_strength")
-    told = {name: getattr(args, name) for name in names}
-    told = {name: value for name, value in told.items() if value is not None}
-    reading = {name: getattr(args, name) for name in READING}
-    reading = {name: value for name, value in reading.items() if value not in (None, False, "auto")}
-    return {**told, "reading": reading} if reading else told
+def second_start(args: argparse.Namespace, pipe: Pipeline, numbers: Sequence[int], latents: Tensor) -> Start:
+    """The result of the first pass at the size of the second."""
+    _, h, w = pipe.latent_shape(args.hires)
+    if args.hires_mode != "pixels":
+        return Start(upscale_latents(latents, (h, w), args.hires_mode), args.hires_strength)
+    small = pipe.decode(latents, tile=args.tile)
+    images = torch.stack([to_tensor(picture.resize(args.hires, LANCZOS)) for picture in to_pil(small)])
+    return pipe.start(images, numbers, strength=args.hires_strength, seed=args.seed)
 
 
-READING = ("kind", "prediction", "weights", "vocabulary", "allow_nan")  # options of the checkpoint
-
-
-def parameters(pipe: Pipeline, model: str, how: dict[str, Any]) -> dict[str, Any]:
-    """What all pictures of a call have in common, JSON-ready, for their text chunks."""
-    _, h, w = pipe.latent_shape(how["size"])
-    return {
-        **how,
-        "size": [w * pipe.autoencoder.factor, h * pipe.autoencoder.factor],
-        "model": model,
-        "weights": weights_hash(pipe.checkpoint.files) if pipe.checkpoint else "",
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of torch and of this package ("unknown" where it runs without being installed)."""
-    try:
-        own = importlib.metadata.version("latent-diffusion-from-scratch")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"torch": torch.__version__, "latent-diffusion-from-scratch": own}
-
-
-def warn(pipe: Pipeline, args: argparse.Namespace) -> None:
+def warn(pipe: Pipeline, asked: Sequence[tuple[str, str]], sampling: Sampling) -> None:
     """Say on stderr what will have no effect: words beyond the model's limit, an unused negative prompt."""
     lines = []
-    for prompt in [*args.prompts, args.negative]:
-        if pipe.tokenizer is not None and (cut := pipe.tokenizer.cut(prompt)):
-            limit = pipe.tokenizer.context_length
-            lines.append(f"prompt {prompt[:40]!r} exceeds the model's {limit} tokens; not read: {cut!r}")
-    if args.negative and args.guidance == 1:
+    for prompt in dict.fromkeys(text for pair in asked for text in pair):
+        if told := length_told(pipe, prompt, sampling.wording):
+            lines.append(told)
+    if any(negative for _, negative in asked) and sampling.guide == replace(
+        sampling.guide, scale=1, rule="linear"
+    ):
         lines.append("--negative has no effect with --guidance 1")
     for line in lines:
         print(f"ldm-sample: warning: {line}", file=sys.stderr)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 AutoencoderTiny = pytest.importorskip("diffusers").AutoencoderTiny
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benchmarks` is
 
-from benchmarks import autoencoder, common, loading, sampling, unet  # noqa: E402
+from benchmarks import autoencoder, common, convolutions, loading, sampling, unet  # noqa: E402
 from ldm.weights.tiny import load_tiny_autoencoder  # noqa: E402
 
 MACHINE = {"cpu", "cores", "threads", "memory_gib", "load", "matmul_gflops", "python", "torch", "diffusers"}
@@ -45,13 +45,15 @@ def quick(
 
 
 def test_unet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call, training = quick(unet, tmp_path, capsys)
-    assert [row["kind"] for row in (call, training)] == ["call", "training step"]
-    for row in (call, training):
+    call, guided, training = rows = quick(unet, tmp_path, capsys)
+    assert [row["kind"] for row in rows] == ["call", "guided call", "training step"]
+    for row in rows:
         assert set(row) >= SIDES | {"size", "precision", "layout", "batch"}
         assert row["ours_seconds"] > 0
         assert row["diffusers_seconds"] > 0
+        assert row["ours_first"] > 0
     assert call["difference"] < 1e-4  # float32, outputs of order 1
+    assert guided["difference"] < 1e-4
     assert training["difference"] < 0.05  # of gradients, in bfloat16
     for side in ("ours", "diffusers"):
         assert 0 <= call[f"{side}_mib"] < call[f"{side}_peak_mib"]
@@ -96,6 +98,24 @@ def test_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["bar_db"] == 30
     assert row["encoding_seconds"] > 0
     assert row["decoding_seconds"] > 0
+
+
+def test_convolutions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quick(convolutions, tmp_path, capsys)
+    assert sorted(row["upsample"] for row in rows) == [False, True]
+    for row in rows:
+        assert 0 < row["direct_error"] < 1e-6
+        assert 0 < row["winograd_error"] < 5e-6
+        assert all(row[f"{form}_rounds"][0] > 0 for form in ("direct", "winograd"))
+        assert row["times_as_fast"] == row["direct_rounds"][0] / row["winograd_rounds"][0]
+
+
+def test_convolutions_of_the_networks() -> None:
+    unet, decoder = convolutions.unet_shapes(), convolutions.decoder_shapes()
+    assert unet[convolutions.ConvShape(320, 320, 2, 64, 64)] == 7
+    assert sum(unet.values()) == 49  # two a residual block, three upsamplers, first and last
+    assert sum(decoder.values()) == 33
+    assert decoder[convolutions.ConvShape(256, 256, 1, 512, 512, folded=True)] == 1
 
 
 def test_known_outputs_prove_the_loading_of_taef2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,9 @@
 
     x = x0 + sigma eps,     denoise(x, sigma) = c_skip x + c_out network(c_in x, c_noise)
 
-(Karras et al. 2022, arXiv:2206.00364, eq. 7). What a network predicts (eps, v, x0) is one row of the four
-coefficients. Stands between `guidance.py`, which calls it with two kinds of conditioning, and the network.
+(Karras et al. 2022, arXiv:2206.00364, eq. 7). What a network predicts (eps, v, x0, the velocity of a flow) is
+one row of the four coefficients. Stands between `guidance.py`, which calls it with two kinds of conditioning,
+and the network.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,16 @@ def x0_row(sigma: Tensor, schedule: Schedule) -> Preconditioning:
     return Preconditioning(zero, zero + 1, (sigma**2 + 1).rsqrt(), schedule.t(sigma))
 
 
-ROWS = {"eps": eps_row, "v": v_row, "x0": x0_row}
+def flow_row(sigma: Tensor, schedule: Schedule) -> Preconditioning:
+    """Network predicts a flow's velocity eps - x0: x0 = x_t - t velocity, x_t = x / (1 + sigma).
+
+    t = sigma / (1 + sigma), of which the network is told T t, as those of Esser et al. 2024 are.
+    """
+    c_in = 1 / (1 + sigma)
+    return Preconditioning(c_in, -sigma * c_in, c_in, schedule.num_timesteps * schedule.time(sigma))
+
+
+ROWS = {"eps": eps_row, "v": v_row, "x0": x0_row, "flow": flow_row}
 
 
 class Denoiser:
@@ -54,7 +64,8 @@ class Denoiser:
 
     network: (x_t, t, **conditioning) -> output like x_t, with x_t = x / sqrt(sigma^2 + 1) in the scale it was
         trained on and t float32 (B,) in 0..T-1: whole on the schedule's own sigmas, interpolated between
-    them. dtype: what x_t is cast to for the network (its own precision); None leaves float32, or float64 for
+        them. Of a flow x_t is x / (1 + sigma) and t is T times the noise share, in 0..T.
+    dtype: what x_t is cast to for the network (its own precision); None leaves float32, or float64 for
     float64."""
 
     def __init__(
@@ -66,14 +77,20 @@ class Denoiser:
 
     def __call__(
         self, x: Float[Tensor, "B C h w"], sigma: Tensor | float | int, **conditioning: Any
-    ) -> Float[Tensor, "B C h w"]:
+    ) -> Float[Tensor, "RB C h w"]:
         """Estimate of x0 from x = x0 + sigma eps, in float32 (float64 for float64 x).
 
-        sigma > 0: a number, a 0-d tensor or one level per sample (B,). conditioning: passed to the network.
+        sigma > 0: a number, a 0-d tensor or one level per sample (B,). conditioning: passed to the network;
+        R contexts for each sample (see `UNet.forward`) give R B estimates, those of torch.cat([x] * R).
+        Raises ValueError for a level that is infinite or no number: pure noise is the schedule's last one.
         """
         x = at_least_float32(x)
         sigma = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")  # as the tables and sampling grids
+        if not bool(sigma.isfinite().all()):
+            top = float(self.schedule.sigmas[-1])
+            raise ValueError(f"noise level {sigma.tolist()} is not finite; this model's highest is {top:g}")
         c_skip, c_out, c_in, c_noise = ROWS[self.schedule.config.prediction](sigma, self.schedule)
         t = c_noise.float().to(x.device).expand(x.shape[0])  # () or (B,) -> (B,)
         output = self.network((per_sample(c_in, x) * x).to(self.dtype or x.dtype), t, **conditioning)
-        return per_sample(c_skip, x) * x + per_sample(c_out, x) * output.to(x.dtype)
+        output = output.to(x.dtype).unflatten(0, (-1, len(x)))  # (R, B, C, h, w)
+        return (per_sample(c_skip, x) * x + per_sample(c_out, x) * output).flatten(0, 1)

@@ -8,16 +8,17 @@ Masks are 1 (True) where the picture is painted anew, 0 where it is kept. Called
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.step import Noise, Step, drawn, levels
+from ldm.diffusion.step import Noise, Step, drawn, levels, require_choice
 
 
 def cut(steps: int, strength: float | int, exact: bool = False) -> tuple[int, int]:
@@ -94,7 +95,7 @@ def concatenated(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
         *,
         channels: Float[Tensor, "B D h w"],
         **more: Any,
-    ) -> Float[Tensor, "B C h w"]:
+    ) -> Float[Tensor, "rows C h w"]:
         return network(torch.cat([x, channels.to(x.dtype)], dim=1), t, **more)  # (B, C + D, h, w)
 
     return with_channels
@@ -130,3 +131,123 @@ def resampled(
             if turn < turns - 1:
                 x = x + (sigma**2 - sigma_next**2) ** 0.5 * drawn(noise, number + count)
         yield replace(step, index=i)
+
+
+# --- what a network reads beside its latents ----------------------------------------------------------------
+
+
+def masked_picture(
+    images: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "#B 1 H W"], kind: str
+) -> Float[Tensor, "B 3 H W"]:
+    """The picture that is encoded for a model trained for inpainting, in [-1, 1]: nothing under the mask.
+
+    Under the mask it is grey (0) for Stable Diffusion ("inpainting") and black (-1) for the inpainting model
+    of the latent diffusion paper ("ldm_inpainting"). Raises ValueError for another kind.
+    """
+    return images.masked_fill(mask, 0.0 if _is_stable_diffusion(kind) else -1.0)
+
+
+def inpainting_channels(
+    mask: Bool[Tensor, "#B 1 H W"], masked_latents: Float[Tensor, "B C h w"], kind: str
+) -> Float[Tensor, "B D h w"]:
+    """What a model trained for inpainting reads beside its latents: D = C + 1 channels.
+
+    "inpainting" (Stable Diffusion): [mask in {0, 1}, masked latents]. "ldm_inpainting" (the model of the
+    latent diffusion paper): [masked latents, mask in {-1, 1}]. mask: of pixels, or of cells already; taken at
+    the nearest pixel of each cell, as in their training. masked_latents: of `masked_picture`, scaled as the
+    latents are. Raises ValueError for another kind.
+    """
+    size = masked_latents.shape[-2:]
+    cells = F.interpolate(mask.to(masked_latents), size).expand(len(masked_latents), -1, -1, -1)
+    if _is_stable_diffusion(kind):
+        return torch.cat([cells, masked_latents], dim=1)  # (B, 1 + C, h, w)
+    return torch.cat([masked_latents, 2 * cells - 1], dim=1)  # (B, C + 1, h, w)
+
+
+def _is_stable_diffusion(kind: str) -> bool:
+    require_choice("kind of inpainting model", kind, ("inpainting", "ldm_inpainting"))
+    return kind == "inpainting"
+
+
+def depth_channels(depth: Float[Tensor, "B 1 H W"], size: tuple[int, int]) -> Float[Tensor, "B 1 h w"]:
+    """What Stable Diffusion 2's depth model reads beside its latents: depth in about [-1, 1], at size (h, w).
+
+    2 (d - min) / (max - min + 0.001) - 1 of each picture, after scaling by bicubic interpolation. White is
+    near: inverse depth, as MiDaS gives it, in any unit much larger than 0.001. Raises ValueError where a
+    value is not finite.
+    """
+    if not bool(torch.isfinite(depth).all()):
+        raise ValueError("depth must be finite, but holds NaN or infinite values")
+    scaled = F.interpolate(depth, size, mode="bicubic")  # (B, 1, h, w)
+    low, high = scaled.amin((1, 2, 3), keepdim=True), scaled.amax((1, 2, 3), keepdim=True)
+    return 2 * (scaled - low) / (high - low + 0.001) - 1
+
+
+def superresolution_channels(
+    low: Float[Tensor, "B 3 H W"], size: tuple[int, int] | None = None
+) -> Float[Tensor, "B 3 h w"]:
+    """What the latent diffusion paper's super-resolution model reads beside: a small picture in [-1, 1].
+
+    Its pixels are the cells of the latents, of which each becomes `factor` pixels a side. size: (h, w) of the
+    latents, where it is not that of the picture; what the picture lacks on the right and at the bottom is
+    filled with its edge. Raises ValueError for a picture larger than that, or with values outside [-1, 1].
+    """
+    height, width = size or low.shape[-2:]
+    if height < low.shape[-2] or width < low.shape[-1]:
+        raise ValueError(
+            f"a picture of {low.shape[-1]}x{low.shape[-2]} does not fit latents of {width}x{height}"
+        )
+    if not bool((low.abs() <= 1).all()):
+        raise ValueError(
+            f"the small picture must be in [-1, 1], got {float(low.min()):g} to {float(low.max()):g}"
+        )
+    return F.pad(low, (0, width - low.shape[-1], 0, height - low.shape[-2]), mode="replicate")
+
+
+def instruct_channels(
+    latents: Float[Tensor, "B C h w"], scale: float | int = 1.0, shift: float | int = 0.0
+) -> Float[Tensor, "B C h w"]:
+    """What InstructPix2Pix (Brooks et al. 2022, arXiv:2211.09800) reads beside: the picture's own latents.
+
+    Unscaled, the mode of the posterior. latents: unscaled as well, or (z - shift) scale, as `encode_latents`
+    gives them without noise, with its autoencoder's `scale_factor` and `shift_factor`. Without the picture,
+    for its second guidance, it reads zeros.
+    """
+    return latents / scale + shift
+
+
+def instructions(
+    text: Mapping[str, Tensor], empty: Mapping[str, Tensor], channels: Float[Tensor, "B C h w"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The three conditionings of `guidance.instructed`, in its order: text and image, image alone, nothing.
+
+    text, empty: conditioning on the instruction, and on the empty (or negative) prompt.
+    """
+    nothing = torch.zeros_like(channels)
+    return {**text, "channels": channels}, {**empty, "channels": channels}, {**empty, "channels": nothing}
+
+
+# --- a second pass in high resolution -----------------------------------------------------------------------
+
+
+def upscale_latents(
+    latents: Float[Tensor, "B C h w"],
+    size: tuple[int, int],
+    mode: str = "bicubic",
+    antialias: bool = False,
+) -> Float[Tensor, "B C h2 w2"]:
+    """Latents brought to size (h2, w2): from these the second pass of two starts, by image-to-image.
+
+    mode: "nearest", "bilinear" or "bicubic"; antialias, for the last two, is Pillow's form of the filter (it
+    matters to the bicubic one, and where a side gets smaller). The result is smoother than latents are, as
+    a mean of neighbours has less variance: what the second pass is for, at a strength of about 0.5 and more.
+    Raises ValueError for another mode, for antialias with "nearest", and for a side below 1.
+    """
+    require_choice("mode of upscaling", mode, ("nearest", "bilinear", "bicubic"))
+    if min(size) < 1:
+        raise ValueError(f"the size of latents must be at least 1x1, got {size[1]}x{size[0]}")
+    if mode == "nearest":
+        if antialias:
+            raise ValueError("nearest neighbours have no antialias: take bilinear or bicubic, or none")
+        return F.interpolate(latents, size, mode="nearest-exact")
+    return F.interpolate(latents, size, mode=mode, antialias=antialias)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ldm.diffusion.schedule import SPACINGS, Schedule, sigma_grid
+from ldm.diffusion.schedule import SPACINGS, Schedule, flow_sigma, sigma_grid
 
 Grid = Callable[..., Tensor]
 
@@ -45,6 +45,20 @@ def sgm_uniform(schedule: Schedule, steps: int) -> Float[Tensor, "levels"]:
     """linspace(T - 1, 0, steps + 1) timesteps without the last: even steps in t, the last one to level 0."""
     t = torch.linspace(schedule.num_timesteps - 1, 0, steps + 1, dtype=torch.float64)
     return to_zero(schedule.sigma(t[:-1]))
+
+
+def ddim_uniform(schedule: Schedule, steps: int) -> Float[Tensor, "levels"]:
+    """The levels of "compvis", but to 0: ComfyUI's grid of this name where steps divides T.
+
+    So also what diffusers' Euler visits with Stable Diffusion's settings ("leading", offset 1).
+    """
+    return to_zero(sigma_grid(schedule, "compvis", steps)[:steps])
+
+
+def flow(schedule: Schedule, steps: int) -> Float[Tensor, "levels"]:
+    """Equal steps of a rectified flow's time from 1 to 0, before its shift (Liu et al. 2022, section 2.1)."""
+    time = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+    return to_zero(flow_sigma(time, schedule.config.shift))
 
 
 def simple(schedule: Schedule, steps: int) -> Float[Tensor, "levels"]:
@@ -78,6 +92,17 @@ def polyexponential(schedule: Schedule, steps: int, *, rho: float | int = 1.0) -
     """ln sigma falling as ramp^rho between the model's ends, then 0: finer where rho > 1 below, < 1 above."""
     low, high = (math.log(end) for end in ends(schedule))
     return to_zero(((1 - ramp(steps)) ** rho * (high - low) + low).exp())
+
+
+def kl_optimal(schedule: Schedule, steps: int) -> Float[Tensor, "levels"]:
+    """Equal steps of arctan(sigma) between the model's ends, then 0.
+
+    Sabour et al. 2024 (arXiv:2404.14507): least in their bound on the KL divergence where data are Gaussian.
+    """
+    low, high = (math.atan(end) for end in ends(schedule))
+    levels = (high + ramp(steps) * (low - high)).tan()
+    levels[0] = schedule.sigmas[-1]  # which tan(arctan) of a flow's highest level misses by rounding
+    return to_zero(levels)
 
 
 def beta_quantile(p: Float[Tensor, "steps"], a: float | int) -> Float[Tensor, "steps"]:
@@ -142,16 +167,30 @@ GRIDS: dict[str, Grid] = {
     **{spacing: partial(at_timesteps, spacing=spacing) for spacing in SPACINGS},
     "uniform": uniform,
     "sgm_uniform": sgm_uniform,
+    "ddim_uniform": ddim_uniform,
     "simple": simple,
     "karras": karras,
     "exponential": exponential,
     "polyexponential": polyexponential,
     "beta": beta,
+    "kl_optimal": kl_optimal,
     "align_your_steps": align_your_steps,
     "lcm": lcm,
+    "flow": flow,
 }
 # Grids that may start below the model's highest level: not for a model trained down to pure noise.
-STARTS_BELOW = ("compvis", "leading", "align_your_steps")
+STARTS_BELOW = ("compvis", "leading", "ddim_uniform", "align_your_steps")
+# Grids that divide the way from the highest level: a flow's stands for infinity, which is not divided.
+FROM_A_FINITE_TOP = ("karras", "exponential", "polyexponential", "beta")
+
+
+def usual_grid(schedule: Schedule, spacing: str) -> str:
+    """The grid of a sampler whose usual one is `spacing`, on this model.
+
+    A flow has its own, and a zero-terminal-SNR model must be started from pure noise (Lin et al. 2023,
+    section 3.3).
+    """
+    return "flow" if schedule.flow else "trailing" if schedule.pure else spacing
 
 
 def make_grid(schedule: Schedule, name: str, steps: int) -> Float[Tensor, "levels"]:
@@ -159,7 +198,7 @@ def make_grid(schedule: Schedule, name: str, steps: int) -> Float[Tensor, "level
 
     Raises ValueError for an unknown name (with the nearest ones), a rho that is not a positive number or not
     the grid's to have, steps outside 1..T, and for a grid that does not fit the model: one that starts below
-    the pure noise of a zero-terminal-SNR model, or that was made for other levels.
+    the pure noise of a zero-terminal-SNR model or a flow, that cannot start there, or that is for others.
     """
     plain, _, rho = name.partition(":")
     if plain not in GRIDS:
@@ -168,11 +207,18 @@ def make_grid(schedule: Schedule, name: str, steps: int) -> Float[Tensor, "level
         raise ValueError(f"unknown schedule {plain!r}: {hint}")
     if not 1 <= steps <= schedule.num_timesteps:
         raise ValueError(f"steps must be between 1 and {schedule.num_timesteps}, got {steps}")
-    if schedule.config.zero_terminal_snr and plain in STARTS_BELOW:
+    if schedule.pure and plain in STARTS_BELOW:
+        kind = "flow" if schedule.flow else "zero-terminal-SNR"
         raise ValueError(
-            f"schedule {plain} starts below pure noise, where this zero-terminal-SNR model must be started; "
-            "take trailing"
+            f"schedule {plain} starts below pure noise, where this {kind} model must be started; "
+            f"take {usual_grid(schedule, plain)}"
         )
+    if schedule.flow and plain in FROM_A_FINITE_TOP:
+        raise ValueError(
+            f"schedule {plain} needs a highest noise level, which this flow model does not have; take flow"
+        )
+    if plain == "flow" and not schedule.flow:
+        raise ValueError("schedule flow is for flow models, which this is not; take sgm_uniform or trailing")
     return GRIDS[plain](schedule, steps, **rho_option(plain, rho))
 
 

@@ -37,7 +37,8 @@ def batched(
     """(x, sigma) -> the x0 of each conditioning, in their order, from one batch.
 
     Conditionings of other lengths (prompts of one and of two chunks) go in a batch of their own, so that no
-    prompt needs padding. together: False takes each by itself, for less memory.
+    prompt needs padding. together: False takes each by itself, for less memory. Where they differ in the
+    context alone, x goes in once for all of them, see `joined`.
     Raises ValueError for conditionings that differ in their names or batch sizes.
     """
     shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in conditionings]
@@ -49,21 +50,38 @@ def batched(
     for i, shape in enumerate(shapes):
         same = next((group for group in groups if together and shapes[group[0]] == shape), None)
         groups.append([i]) if same is None else same.append(i)
-    inputs = [
-        {name: torch.cat([conditionings[i][name] for i in group]) for name in conditionings[group[0]]}
-        for group in groups
-    ]  # each value (len(group) B, ...)
+    inputs = [joined([conditionings[i] for i in group]) for group in groups]
 
     def evaluate(x: Tensor, sigma: Sigma) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for group, conditioning in zip(groups, inputs, strict=True):
-            count = len(group)
-            levels = torch.cat([sigma] * count) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-            x0 = denoise(torch.cat([x] * count), levels, **conditioning)  # (count B, C, h, w)
-            found.update(zip(group, x0.chunk(count), strict=True))
+        for group, (conditioning, copies) in zip(groups, inputs, strict=True):
+            x0 = denoise(*copied(x, sigma, copies), **conditioning)  # (len(group) B, C, h, w)
+            found.update(zip(group, x0.chunk(len(group)), strict=True))
         return [found[i] for i in range(len(conditionings))]
 
     return evaluate
+
+
+def joined(conditionings: Sequence[Conditioning]) -> tuple[dict[str, Tensor], int]:
+    """R conditionings as one, each value (R B, ...), and how many copies of x go with it: R.
+
+    Where nothing but the context differs (every other value is the same object in all of them) one copy is
+    enough: the rest stays (B, ...), and the network computes once what does not depend on the context.
+    """
+    first, count = conditionings[0], len(conditionings)
+    shared = {name for name in first if all(each[name] is first[name] for each in conditionings)}
+    once = "context" in first and shared >= first.keys() - {"context"}
+    both = {
+        name: first[name] if once and name != "context" else torch.cat([each[name] for each in conditionings])
+        for name in first
+    }
+    return both, 1 if once else count
+
+
+def copied(x: Tensor, sigma: Sigma, copies: int) -> tuple[Tensor, Sigma]:
+    """x and its level, one for all or of each sample, again and again."""
+    levels = torch.cat([sigma] * copies) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    return torch.cat([x] * copies), levels
 
 
 @dataclass(frozen=True)
@@ -169,11 +187,10 @@ def classifier_free(
         return partial(denoise, **(cond if rule.only == "cond" else uncond))
     if {name: cond[name].shape for name in cond} != {name: uncond[name].shape for name in uncond}:
         return guide(paired(denoise, cond, uncond), rule)  # prompts of other lengths, or an error
-    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}  # each (2B, ...)
+    both, copies = joined([uncond, cond])
 
     def guided(x: Float[Tensor, "B C h w"], sigma: Sigma) -> Float[Tensor, "B C h w"]:
-        levels = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
-        x0_uncond, x0_cond = denoise(torch.cat([x, x]), levels, **both).chunk(2)
+        x0_uncond, x0_cond = denoise(*copied(x, sigma, copies), **both).chunk(2)  # of (2B, C, h, w)
         return x0_uncond + scale * (x0_cond - x0_uncond)
 
     return guided

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.process import to_alpha_bar_scale, to_sigma_scale
-from ldm.diffusion.step import Step, levels
+from ldm.diffusion.step import FAR, Step, levels, toward
 
 
 def ddim_invert(
@@ -37,6 +37,9 @@ def ddim_invert(
         x_next = to_sigma_scale(to_alpha_bar_scale(x, sigma), sigma_next)
         for _ in range(iterations):
             x0 = denoise(x_next, sigma_next)
-            x_next = x + (sigma_next - sigma) * (x_next - x0) / sigma_next
+            if sigma_next > FAR and sigma > 0:  # the same equation; this form's iteration converges here
+                x_next = toward(x, x0, sigma, sigma_next)
+            else:
+                x_next = x + (sigma_next - sigma) * (x_next - x0) / sigma_next
         x = x_next
         yield Step(i, sigma_next, x, x0)

@@ -1,4 +1,4 @@
-"""The forward process and its algebra: adding noise, converting predictions, the DDPM posterior.
+"""The forward processes and their algebra: adding noise, converting predictions, the DDPM posterior.
 
 Notation of Ho et al. 2020 (DDPM, arXiv:2006.11239) and, for the velocity, Salimans & Ho 2022
 (arXiv:2202.00512):
@@ -80,6 +80,17 @@ def eps_from_v(
     """eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t."""
     signal, noise = _roots(alpha_bar, x_t)
     return signal * v + noise * x_t
+
+
+def mix(x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], time: Coefficient) -> Float[Tensor, "B ..."]:
+    """x_t = (1 - t) x0 + t eps of a rectified flow, t in [0, 1]   (Liu et al. 2022, arXiv:2209.03003)."""
+    time = torch.as_tensor(time, dtype=None if isinstance(time, Tensor) else torch.float64)
+    return per_sample(1 - time, x0) * x0 + per_sample(time, x0) * eps
+
+
+def flow_velocity(x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+    """d x_t / d t = eps - x0 of a rectified flow, the same at every t."""
+    return eps - x0
 
 
 def snr(alpha_bar: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

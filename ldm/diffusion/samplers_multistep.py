@@ -3,7 +3,8 @@
 PLMS and PNDM (Liu et al. 2022, arXiv:2202.09778), linear multistep in sigma (LMS, Crowson) and in ln sigma
 (DEIS, Zhang & Chen 2023, arXiv:2204.13902), DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095) and UniPC
 (Zhao et al. 2023, arXiv:2302.04867). The signature and the table are `samplers.py`'s. All are deterministic.
-`eps` below is the slope (x - x0) / sigma of the path; lambda = -ln sigma.
+`eps` below is the slope (x - x0) / sigma of the path; lambda = -ln sigma. A step from pure
+noise is Euler's.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
-from ldm.diffusion.step import Noise, Step, levels, require_choice, toward
+from ldm.diffusion.step import FAR, Noise, Step, levels, require_choice, toward
 
 # Adams-Bashforth for equal steps, newest first: PNDM eq. 12 and its lower orders.
 ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -47,10 +48,10 @@ def plms(
         x0 = denoise(x, sigma)
         history = [*history[-3:], (x - x0) / sigma]
         eps = pseudo_adams(history)
-        if i == 0 and sigma_next > 0:
+        if i == 0 and sigma_next > 0 and sigma < FAR:
             predicted = x + (sigma_next - sigma) * eps
             eps = (eps + (predicted - denoise(predicted, sigma_next)) / sigma_next) / 2
-        x = x + (sigma_next - sigma) * eps
+        x = x + (sigma_next - sigma) * eps if sigma < FAR else toward(x, x0, sigma, sigma_next)
         yield Step(i, sigma_next, x, x0)
 
 
@@ -72,7 +73,7 @@ def pndm(
         x0 = denoise(x, sigma)
         history = [*history[-3:], (x - x0) / sigma]
         eps = history[-1]
-        if i < 3 and sigma_next > 0:
+        if i < 3 and sigma_next > 0 and sigma < FAR:
             middle = float(schedule.sigma((schedule.t(sigma) + schedule.t(sigma_next)) / 2))
             slopes = [eps]
             for level in (middle, middle, sigma_next):
@@ -81,7 +82,7 @@ def pndm(
             eps = (slopes[0] + 2 * slopes[1] + 2 * slopes[2] + slopes[3]) / 6
         elif i >= 3:
             eps = pseudo_adams(history)
-        x = x + (sigma_next - sigma) * eps
+        x = x + (sigma_next - sigma) * eps if sigma < FAR else toward(x, x0, sigma, sigma_next)
         yield Step(i, sigma_next, x, x0)
 
 
@@ -119,8 +120,11 @@ def lms(
     for i, (sigma, sigma_next) in levels(sigmas):
         x0 = denoise(x, sigma)
         history = [*history, (sigma, (x - x0) / sigma)][-order:]
-        weights = lagrange_weights([level for level, _ in history], sigma, sigma_next, np.asarray)
-        x = x + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True))
+        if len(history) > 1:
+            weights = lagrange_weights([level for level, _ in history], sigma, sigma_next, np.asarray)
+            x = x + sum(w * eps for w, (_, eps) in zip(weights, history, strict=True))
+        else:
+            x = toward(x, x0, sigma, sigma_next)
         yield Step(i, sigma_next, x, x0)
 
 

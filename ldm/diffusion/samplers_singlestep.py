@@ -3,7 +3,7 @@
 Second-order Runge-Kutta methods on dx/dsigma = (x - x0) / sigma, in sigma (Heun) or in lambda = -ln sigma
 (DPM-Solver, Lu et al. 2022, arXiv:2206.00927 and 2211.01095); the ancestral ones step below the next level
 and add noise, as in k-diffusion (Crowson), whose results they equal. The signature and the table are
-`samplers.py`'s. A step to level 0 is Euler's: nothing can be evaluated there.
+`samplers.py`'s. A step to level 0 is Euler's: nothing can be evaluated there. So is one from pure noise.
 """
 
 import math
@@ -13,7 +13,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
-from ldm.diffusion.step import Noise, Step, ancestral_levels, drawn, levels, require_at_least_0, toward
+from ldm.diffusion.step import (
+    FAR,
+    Noise,
+    Step,
+    ancestral_levels,
+    drawn,
+    levels,
+    require_at_least_0,
+    toward,
+)
 
 
 def heun_step(
@@ -25,7 +34,7 @@ def heun_step(
 ) -> Float[Tensor, "B ..."]:
     """Trapezoid rule with Euler's step as predictor (Karras et al. 2022, algorithm 2, lines 7 to 11)."""
     predicted = toward(x, x0, sigma, sigma_next)
-    if sigma_next == 0:
+    if sigma_next == 0 or sigma > FAR:
         return predicted
     slope_next = (predicted - denoise(predicted, sigma_next)) / sigma_next
     return x + (sigma_next - sigma) * ((x - x0) / sigma + slope_next) / 2
@@ -39,8 +48,8 @@ def midpoint_step(
     sigma_next: float,
 ) -> Float[Tensor, "B ..."]:
     """DPM-Solver-2: the slope at the middle of the step in ln sigma, reached by Euler's step."""
-    if sigma_next == 0:
-        return toward(x, x0, sigma, 0)
+    if sigma_next == 0 or sigma > FAR:
+        return toward(x, x0, sigma, sigma_next)
     middle = math.sqrt(sigma * sigma_next)
     at_middle = toward(x, x0, sigma, middle)
     return x + (sigma_next - sigma) * (at_middle - denoise(at_middle, middle)) / middle

@@ -18,6 +18,10 @@ from ldm.diffusion.process import to_alpha_bar_scale
 # normal, like x, another for each index and part. Only samplers with two draws a step pass a part.
 Noise = Callable[..., Tensor]
 
+# From so high a level down, methods that average slopes take Euler's step: the last level was pure noise, a
+# stand-in for infinity (`schedule.FLOW_TOP`), and the average over an endless interval says nothing.
+FAR = 2.0**20
+
 
 @dataclass(frozen=True)
 class Step:
@@ -30,7 +34,7 @@ class Step:
 
     @property
     def sample(self) -> Float[Tensor, "B ..."]:
-        """x in the scale of the network and the decoder, sqrt(alpha_bar) x; x itself where sigma is 0."""
+        """x in the scale of DDPM's networks and the decoder, sqrt(alpha_bar) x; x itself where sigma is 0."""
         return to_alpha_bar_scale(self.x, self.sigma)
 
 
@@ -55,9 +59,9 @@ def toward(
 
     target / sigma x + (1 - target / sigma) x0, which is Euler's step in sigma, DDIM's, and the first-order
     exponential integrator in lambda = -ln sigma, where the factors are e^-h and 1 - e^-h with
-    h = ln(sigma / target).
+    h = ln(sigma / target). Written so that a level of millions leaves float32 its precision.
     """
-    return x + (target - sigma) * ((x - x0) / sigma)
+    return x0 + (target / sigma) * (x - x0)
 
 
 def ancestral_levels(sigma: float, sigma_next: float, eta: float | int) -> tuple[float, float]:

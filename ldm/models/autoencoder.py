@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm.models.blocks import Downsample, ResBlock, Upsample
+from ldm.models.blocks import Downsample, ResBlock, Upsample, silu
 from ldm.models.quantizer import Quantized, VectorQuantizer
 
 EPS = 1e-6  # of every norm in the autoencoder
@@ -136,7 +136,7 @@ class MidAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         h = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")
         h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])  # in the memory layout of x
 
 
 class Level(nn.Module):
@@ -211,7 +211,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for block in self.down_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid_block(h))))
+        return self.conv_out(silu(self.norm_out(self.mid_block(h))))
 
 
 class Decoder(nn.Module):
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
         h = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class Autoencoder(nn.Module, ABC):

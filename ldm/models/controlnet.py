@@ -138,9 +138,9 @@ class ControlNet(UNetEncoder):
         self,
         x: Float[Tensor, "B C h w"],
         t: Shaped[Tensor, " B"],
-        context: Float[Tensor, "B T D"] | None,
+        context: Float[Tensor, "RB T D"] | None,
         features: Float[Tensor, "B_hint C_hint h_hint w_hint"],
-        y: Float[Tensor, "B V"] | Int[Tensor, " B"] | None = None,
+        y: Float[Tensor, "B_y V"] | Int[Tensor, " B_y"] | None = None,
     ) -> list[Tensor]:
         """One residual a skip of the UNet, in running order, then that of the middle block.
 

@@ -96,9 +96,12 @@ class Tokenizer:
 
     def cut(self, text: str) -> str:
         """The end of `text` that `__call__` cuts off, in words; empty where all fits."""
-        lost = self.encode(text)[self.context_length - 2 :]
+        return self.words(self.encode(text)[self.context_length - 2 :])
+
+    def words(self, ids: list[int]) -> str:
+        """What ids of the vocabulary and of placeholders say; a placeholder once for all of its vectors."""
         names = {i: name for name, ids in self.placeholders.items() for i in ids}
         words = []
-        for name, run in groupby(lost, key=names.get):  # a placeholder once, words together
+        for name, run in groupby(ids, key=names.get):  # a placeholder once, words together
             words.append(_byte_pair_encoding().decode(list(run)).strip() if name is None else name)
         return " ".join(words)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ldm.models.attention import QKV_LAYOUTS, SelfAttentionBlock, SpatialTransformer
-from ldm.models.blocks import Downsample, ResBlock, TimestepEmbedding, Upsample, timestep_embedding, zero_init
+from ldm.models.blocks import Downsample, ResBlock, TimestepEmbedding, Upsample, repeat_rows, silu, timestep_embedding, zero_init
 
 
 @dataclass(frozen=True)
@@ -131,19 +130,23 @@ class UNetEncoder(nn.Module):
         self,
         x: Float[Tensor, "B C h w"],
         t: Shaped[Tensor, " B"],
-        context: Float[Tensor, "B T D"] | None,
-        y: Float[Tensor, "B V"] | Int[Tensor, " B"] | None,
-        hint: Float[Tensor, "#B C_hint h w"] | None = None,
-    ) -> tuple[Float[Tensor, "B C_mid h_mid w_mid"], list[Tensor], Float[Tensor, "B time_dim"]]:
+        context: Float[Tensor, "RB T D"] | None,
+        y: Float[Tensor, "B_y V"] | Int[Tensor, " B_y"] | None,
+        hint: Float[Tensor, "B_hint C_hint h w"] | None = None,
+    ) -> tuple[Float[Tensor, "B_mid C_mid h_mid w_mid"], list[Tensor], Float[Tensor, "B_emb time_dim"]]:
         """The middle block's output, the skips in running order, and the embedding for the way up.
 
-        Arguments as of `UNet.forward`; `hint` is added behind the first convolution.
+        Arguments as of `UNet.forward`; `hint` is added behind the first convolution. Where the context has
+        R B rows, so has the output; skips from before the first cross-attention and the embedding have B.
         """
         self._check(x, context)
-        emb = self.embed(t, self._pooled(context, y))
+        y = self._pooled(context, y)
+        if y is not None and len(y) > len(x):  # the embedding differs, and with it everything
+            x, t = repeat_rows(x, len(y)), repeat_rows(t, len(y))
+        emb = self.embed(t, y)
         h = self.conv_in(x)
         if hint is not None:
-            h = h + hint
+            h = h + repeat_rows(hint, len(h))
         skips = [h]
         for block in self.down_blocks:
             h, new = block(h, emb, context)
@@ -188,6 +191,10 @@ class UNetEncoder(nn.Module):
         width = None if context is None else context.shape[2]
         if width != config.context_dim:
             raise ValueError(f"{self._name} takes a context of width {config.context_dim}, got {width}")
+        if context is not None and len(context) % len(x):
+            raise ValueError(
+                f"{self._name} takes one or several contexts for each of {len(x)} x, got {len(context)}"
+            )
 
 
 class UNet(UNetEncoder):
@@ -211,29 +218,37 @@ class UNet(UNetEncoder):
         self,
         x: Float[Tensor, "B C h w"],
         t: Shaped[Tensor, " B"],
-        context: Float[Tensor, "B T D"] | None = None,
-        y: Float[Tensor, "B V"] | Int[Tensor, " B"] | None = None,
-        control: Sequence[Float[Tensor, "B _ _ _"]] | None = None,
-    ) -> Float[Tensor, "B C_out h w"]:
+        context: Float[Tensor, "RB T D"] | None = None,
+        y: Float[Tensor, "B_y V"] | Int[Tensor, " B_y"] | None = None,
+        control: Sequence[Float[Tensor, "_ _ _ _"]] | None = None,
+    ) -> Float[Tensor, "B_out C_out h w"]:
         """
         Args:
             x: noised latents, with any image condition concatenated on the channels.
             t: timesteps in [0, num_timesteps), integer or fractional.
-            context: hidden states of the text encoder, for cross-attention.
-            y: class indices (B,) or vectors (B, V) where the model takes them.
-            control: residuals from a ControlNet, added to the skips in their order, the last one to the
-                middle block.
+            context: hidden states of the text encoder, for cross-attention; B rows, or R B for R contexts of
+                the same x, as torch.cat([uncond, cond]). The output then has R B rows, as of
+                torch.cat([x] * R); what comes before the first cross-attention is computed once.
+            y: class indices (B,) or vectors (B, V) where the model takes them; or R B of them.
+            control: residuals from a ControlNet, B or R B rows each, added to the skips in their order, the
+                last one to the middle block.
         Raises ValueError where x has the wrong channels or a side that is no multiple of `config.factor`, and
         where context or y is missing, unexpected or of the wrong width.
         """
         h, skips, emb = self.encode(x, t, context, y)
         if control is not None:
             assert len(control) == len(skips) + 1, "one control residual a skip, and one for the middle"
-            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
-            h = h + control[-1]
+            skips = [add_rows(skip, residual) for skip, residual in zip(skips, control[:-1], strict=True)]
+            h = add_rows(h, control[-1])
         for block in self.up_blocks:
             h = block(h, skips, emb, context)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
+
+
+def add_rows(a: Float[Tensor, "A *shape"], b: Float[Tensor, "B *shape"]) -> Float[Tensor, "C *shape"]:
+    """`a + b`, the one with fewer rows repeated."""
+    rows = max(len(a), len(b))
+    return repeat_rows(a, rows) + repeat_rows(b, rows)
 
 
 def attention_block(config: UNetConfig, channels: int) -> nn.Module:
@@ -282,7 +297,7 @@ class DownBlock(nn.Module):
             )
 
     def forward(
-        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B E"], context: Float[Tensor, "B T D"] | None
+        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B_emb E"], context: Float[Tensor, "RB T D"] | None
     ) -> tuple[Tensor, list[Tensor]]:
         outputs = []
         for i, resnet in enumerate(self.resnets):
@@ -303,8 +318,8 @@ class MidBlock(nn.Module):
         self.attention = attention_block(config, channels)
 
     def forward(
-        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B E"], context: Float[Tensor, "B T D"] | None
-    ) -> Float[Tensor, "B C h w"]:
+        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B_emb E"], context: Float[Tensor, "RB T D"] | None
+    ) -> Float[Tensor, "B_out C h w"]:
         return self.resnets[1](self.attention(self.resnets[0](h, emb), context), emb)
 
 
@@ -333,11 +348,11 @@ class UpBlock(nn.Module):
         self,
         h: Float[Tensor, "B C h w"],
         skips: list[Tensor],
-        emb: Float[Tensor, "B E"],
-        context: Float[Tensor, "B T D"] | None,
-    ) -> Float[Tensor, "B C2 h2 w2"]:
+        emb: Float[Tensor, "B_emb E"],
+        context: Float[Tensor, "RB T D"] | None,
+    ) -> Float[Tensor, "B_out C2 h2 w2"]:
         for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
+            h = resnet(torch.cat([h, repeat_rows(skips.pop(), len(h))], dim=1), emb)
             if self.attentions:
                 h = self.attentions[i](h, context)
         if self.upsample is None:

@@ -113,11 +113,57 @@ def chunks(pieces: Sequence[Piece], tokenizer: Tokenizer, backtrack: int = 20) -
     return done
 
 
+def count_chunks(pieces: Sequence[Piece], tokenizer: Tokenizer, backtrack: int = 20) -> int:
+    """How many chunks a prompt fills; its context has context_length tokens for each."""
+    return len(chunks(pieces, tokenizer, backtrack))
+
+
+def cut(pieces: Sequence[Piece], tokenizer: Tokenizer, limit: int | None, backtrack: int = 20) -> str:
+    """What a prompt loses where only its first `limit` chunks are kept, in words; empty where all fits.
+
+    Chunks begun by a BREAK count as any other. Raises ValueError as `encode` does.
+    """
+    lost = _split(pieces, tokenizer, backtrack, limit)[1]
+    return tokenizer.words([i for chunk in lost for i, _ in chunk])
+
+
+def _split(
+    pieces: Sequence[Piece], tokenizer: Tokenizer, backtrack: int, limit: int | None
+) -> tuple[list[Chunk], list[Chunk]]:
+    """The chunks that are kept and those that are cut."""
+    for text, weight in pieces:
+        if not math.isfinite(weight):
+            raise ValueError(f"weight of {text!r} must be a finite number, got {weight}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit of chunks must be at least 1, got {limit}")
+    found = chunks(pieces, tokenizer, backtrack)
+    return found[:limit], [] if limit is None else found[limit:]
+
+
+COUNTINGS = {"webui": 1, "diffusers": 0}  # what skips nothing
+
+
+def clip_skip_layers(value: int, counting: str = "webui") -> int:
+    """The layers that a "clip skip" leaves out, for `skipping`.
+
+    The web UI (and Civitai's model pages) count the layers from the end at which the tower stops: 1 skips
+    nothing, 2 the last one. diffusers' `clip_skip` counts those that are skipped: 0 nothing, 1 the last one.
+    Both count from where the model was trained to stop, that is from the penultimate layer for Stable
+    Diffusion 2. Raises ValueError for a value too small or another counting.
+    """
+    if counting not in COUNTINGS:
+        raise ValueError(f"counting of clip skip must be one of {', '.join(COUNTINGS)}, got {counting!r}")
+    if value < COUNTINGS[counting]:
+        raise ValueError(
+            f"clip skip must be at least {COUNTINGS[counting]} (which skips nothing), got {value}"
+        )
+    return value - COUNTINGS[counting]
+
+
 def skipping(text_encoder: TextEncoder, layers: int) -> TextEncoder:
     """The tower that stops `layers` layers before where it was trained to, with the same weights.
 
-    That is diffusers' `clip_skip`; the web UI's "Clip skip" counts from 1, which skips nothing, so that its 2
-    is 1 here. Raises ValueError where no layer is left.
+    Counted as diffusers does, see `clip_skip_layers`. Raises ValueError where no layer is left.
     """
     other = copy.copy(text_encoder)  # shares its modules
     other.config = replace(text_encoder.config, skip_layers=text_encoder.config.skip_layers + layers)
@@ -133,11 +179,12 @@ def encode(
     skip: int = 0,
     backtrack: int = 20,
     at_least: int = 1,
+    limit: int | None = None,
 ) -> Float[Tensor, "B T D"]:
     """The context of each prompt, T = k context_length for the k chunks of the longest of them.
 
-    Shorter ones end in chunks of the empty prompt: encode prompts of other lengths apart (guidance takes
-    those as they are) where a picture must not depend on its neighbours. Of one chunk without weights it is
+    Shorter ones end in chunks of the empty prompt: where a picture must not depend on its neighbours, take
+    `encode_each`, whose lengths guidance takes as they are. Of one chunk without weights it is
     `text_encoder(tokenizer(texts))`. Weights count for their chunk alone, also in "original", where the web
     UI takes the mean over all prompts of a batch.
 
@@ -146,19 +193,51 @@ def encode(
         skip: layers of the tower to leave out, see `skipping`.
         backtrack: how far to look back for a comma, see `chunks`.
         at_least: chunks to give, where the longest prompt has fewer.
+        limit: chunks of a prompt to keep, None for all; `cut` says what that loses. With limit 1 and
+            backtrack 0 the tower gets what `Tokenizer.__call__` keeps (placeholders stay whole).
 
-    Raises ValueError for an unknown interpretation, a weight that is not finite, and as the two above.
+    Raises ValueError for an unknown interpretation, a weight that is not finite, a limit below 1, and as
+    `chunks` and `skipping`.
     """
+    split = [_split(pieces, tokenizer, backtrack, limit)[0] for pieces in prompts]
+    count = max([at_least, *map(len, split)])
+    rows = [chunk for prompt in split for chunk in [*prompt, *[[]] * (count - len(prompt))]]
+    z = _states(rows, tokenizer, skipping(text_encoder, skip), interpretation)  # (B k, T, D)
+    return rearrange(z, "(b k) t d -> b (k t) d", k=count)
+
+
+def encode_each(
+    prompts: Sequence[Sequence[Piece]],
+    tokenizer: Tokenizer,
+    text_encoder: TextEncoder,
+    interpretation: str = "original",
+    *,
+    skip: int = 0,
+    backtrack: int = 20,
+    limit: int | None = None,
+) -> list[Float[Tensor, "1 T D"]]:
+    """A context for each prompt, as long as its own chunks: `encode` of it alone, but for rounding.
+
+    The tower is called once, with each distinct chunk once; equal prompts get the same tensor. Arguments and
+    errors as of `encode`.
+    """
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    split = [_split(pieces, tokenizer, backtrack, limit)[0] for pieces in distinct]
+    rows = [chunk for prompt in split for chunk in prompt]
+    z = _states(rows, tokenizer, skipping(text_encoder, skip), interpretation)  # (N, T, D)
+    parts = z.split([len(prompt) for prompt in split])
+    contexts = [rearrange(part, "k t d -> 1 (k t) d") for part in parts]
+    return [contexts[distinct.index(tuple(pieces))] for pieces in prompts]
+
+
+def _states(
+    rows: list[Chunk], tokenizer: Tokenizer, text_encoder: TextEncoder, interpretation: str
+) -> Float[Tensor, "N T D"]:
+    """The weighted hidden states of each chunk, framed by start and end token and padded."""
     if interpretation not in INTERPRETATIONS:
         raise ValueError(
             f"interpretation of weights must be one of {', '.join(INTERPRETATIONS)}, got {interpretation!r}"
         )
-    for piece in (piece for pieces in prompts for piece in pieces):
-        if not math.isfinite(piece.weight):
-            raise ValueError(f"weight of {piece.text!r} must be a finite number, got {piece.weight}")
-    split = [chunks(pieces, tokenizer, backtrack) for pieces in prompts]
-    count = max([at_least, *map(len, split)])
-    rows = [chunk for prompt in split for chunk in [*prompt, *[[]] * (count - len(prompt))]]
 
     def padded(chunk: Chunk) -> tuple[int, ...]:
         ids = [START_ID, *(i for i, _ in chunk), END_ID]
@@ -168,17 +247,18 @@ def encode(
     texts = [padded(row) for row in rows]
     # Each text once, in order; the empty one last, where weights may be taken against it
     distinct = list(dict.fromkeys([*texts, padded([])] if weighted else texts))
+    place = {text: i for i, text in enumerate(distinct)}
     ids = torch.tensor(distinct, dtype=torch.int64, device=text_encoder.token_embedding.weight.device)
     ids = ids.reshape(-1, tokenizer.context_length)
-    states = skipping(text_encoder, skip)(ids)  # (N, T, D)
-    z = states[[distinct.index(text) for text in texts]]
+    states = text_encoder(ids)  # (distinct, T, D)
+    z = states[[place[text] for text in texts]]
     if weighted:
         outside = [1.0]  # the start and end tokens and the padding
         weights = torch.tensor(
             [(outside + [w for _, w in row] + outside * len(ids[0]))[: len(ids[0])] for row in rows]
-        ).to(z.device)  # (B k, T), float32
+        ).to(z.device)  # (N, T), float32
         changed = (weights != 1).any(dim=1)
-        empty = states[distinct.index(padded([]))][None].float()
+        empty = states[place[padded([])]][None].float()
         new = INTERPRETATIONS[interpretation](z[changed].float(), weights[changed], empty)
         z = z.index_put((changed,), new.to(z.dtype))
-    return rearrange(z, "(b k) t d -> b (k t) d", k=count)
+    return z

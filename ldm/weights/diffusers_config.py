@@ -48,6 +48,7 @@ TEXT_BUILT_IN = {"layer_norm_eps": 1e-5}
 
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 
@@ -270,6 +271,11 @@ def text_json(config: TextConfig) -> dict[str, Any]:
 
 def diffusion_config(data: Json, source: str) -> DiffusionConfig:
     """Of a scheduler's `scheduler_config.json`: only what concerns training, not its sampler."""
+    if data.get("_class_name") == FLOW:
+        if data.get("use_dynamic_shifting"):
+            raise ValueError(f"{source}: a shift by the picture's size (use_dynamic_shifting) is not supported")
+        steps, shift = data.get("num_train_timesteps", 1000), data.get("shift", 1.0)
+        return DiffusionConfig(schedule="flow", prediction="flow", num_timesteps=steps, shift=shift)
     schedules = {theirs: ours for ours, theirs in SCHEDULES.items()}
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     schedule, prediction = data.get("beta_schedule", "linear"), data.get("prediction_type", "epsilon")
@@ -289,7 +295,10 @@ def diffusion_config(data: Json, source: str) -> DiffusionConfig:
 
 
 def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
-    """DDIM with the original's timesteps, or with "trailing" ones for a model trained down to pure noise."""
+    """DDIM with the original's timesteps, or with "trailing" ones for a model trained down to pure noise; Euler
+    for a flow."""
+    if config.schedule == "flow":
+        return {"_class_name": FLOW, "num_train_timesteps": config.num_timesteps, "shift": config.shift}
     pure = config.zero_terminal_snr
     return {
         "_class_name": "DDIMScheduler",

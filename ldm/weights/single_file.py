@@ -121,6 +121,8 @@ def single_file_parts(source: Source) -> dict[str, Names]:
     ):
         parts[part] = below(prefix)
     conditioner = below(compvis.CONDITIONER_PREFIX)
+    if "encoder.conv_in.weight" in conditioner:  # the first stage again: it encodes LDM's masked pictures
+        conditioner = {}
     if "transformer.token_emb.weight" in conditioner:
         parts["bert"] = conditioner
     elif set(conditioner) == {"embedding.weight"}:

@@ -171,6 +171,7 @@ def _json_of(name: str, config: Config) -> dict[str, Any]:
 PIPELINES = {  # by the channels that the UNet reads besides the latents
     0: "StableDiffusionPipeline",
     1: "StableDiffusionDepth2ImgPipeline",  # the caller brings its depth estimator, which is no part of ours
+    4: "StableDiffusionInstructPix2PixPipeline",
     5: "StableDiffusionInpaintPipeline",
 }
 

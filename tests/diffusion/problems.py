@@ -7,10 +7,23 @@ x(sigma) = m + (x(sigma_T) - m) sqrt((s^2 + sigma^2) / (s^2 + sigma_T^2)).
 import torch
 
 MEAN, STD = 0.7, 0.5
+CENTRES, WIDTH = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64), 0.3
 
 
 def exact_denoiser(x, sigma):
     return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
+
+
+def mixture(x, sigma):
+    """The exact denoiser of equal Gaussians at CENTRES, all WIDTH wide; sigma a number or (B,)."""
+    if isinstance(sigma, torch.Tensor):
+        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    variance = WIDTH**2 + sigma**2
+    distance = x[..., None] - CENTRES
+    weight = -(distance**2) / (2 * (variance[..., None] if isinstance(variance, torch.Tensor) else variance))
+    share = weight.softmax(-1)
+    mean = (share * CENTRES).sum(-1)  # of the centres, given x
+    return (WIDTH**2 * x + sigma**2 * mean) / variance
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

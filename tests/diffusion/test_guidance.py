@@ -22,6 +22,7 @@ from ldm.diffusion.guidance import (
 from ldm.diffusion.guidance_rules import Linear, PlusPlus, Projected, Rescaled
 from ldm.diffusion.samplers import ddim, euler
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
+from ldm.models.blocks import repeat_rows
 
 B = 2
 S = 0.5  # deviation of the Gaussian data
@@ -34,8 +35,10 @@ class Counting:
         self.batches = []
 
     def __call__(self, x, sigma, context, y):
-        self.batches.append(x.shape[0])
+        self.batches.append(len(context))
         level = torch.as_tensor(sigma).to(x.dtype)
+        level = repeat_rows(level, len(context)) if level.ndim else level
+        x, y = repeat_rows(x, len(context)), repeat_rows(y, len(context))
         level = level[:, None, None, None] if level.ndim else level
         shift = torch.tanh(context.sum(dim=(1, 2))) + y.to(x.dtype) / 10
         return x / (1 + level) + shift[:, None, None, None]
@@ -74,12 +77,32 @@ def test_order_is_uncond_then_cond():
 
     def denoise(x, sigma, context):
         seen["context"] = context
-        return x
+        return repeat_rows(x, len(context))
 
     classifier_free(denoise, {"context": torch.ones(1, 2)}, {"context": torch.zeros(1, 2)}, 2.0)(
         torch.zeros(1, 1, 1, 1), 1.0
     )
     assert seen["context"].tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("sigma", [3.0, torch.tensor([0.5, 3.0])])
+@pytest.mark.parametrize("guided", [classifier_free, lambda *a: guide(paired(*a[:3]), Linear(a[3]))])
+def test_x_goes_in_once_where_only_the_context_differs(setup, guided, sigma):
+    """Told apart by the objects: other values that are the same one are not copied either."""
+    denoise, x, cond, uncond = setup
+    shapes = []
+
+    def noting(x, sigma, **conditioning):
+        level = (len(sigma),) if isinstance(sigma, torch.Tensor) else ()
+        shapes.append((len(x), *level, *(len(conditioning[name]) for name in ("context", "y"))))
+        return denoise(x, sigma, **conditioning)
+
+    level = [B] if isinstance(sigma, torch.Tensor) else []
+    same = {**uncond, "y": cond["y"]}
+    apart = denoise(x, sigma, **same) * -6.5 + denoise(x, sigma, **cond) * 7.5
+    for other, sizes in ((same, [B, *level, 2 * B, B]), ({**same, "y": cond["y"].clone()}, [2 * B])):
+        assert_close(guided(noting, cond, other, 7.5)(x, sigma), apart, rtol=1e-12, atol=1e-12)
+        assert shapes.pop()[: len(sizes)] == tuple(sizes)
 
 
 def test_guiding_x0_is_guiding_eps():
@@ -508,7 +531,7 @@ def test_all_of_it_stacks(setup):
         return by_step(sigmas, lambda step: dynamic_threshold(guided, limit=3))
 
     one, two = (last(euler(build(), 10 * x, sigmas)).x for _ in range(2))
-    assert torch.equal(one, two) and bool(torch.isfinite(one).all()) and float(one.abs().max()) <= 3
+    assert torch.equal(one, two) and bool(torch.isfinite(one).all()) and float(one.abs().max()) <= 3 + 1e-12
     assert denoise.batches[:4] == [3 * B] * 4
 
 

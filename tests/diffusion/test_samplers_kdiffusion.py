@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from problems import draw, last
+from problems import draw, last, mixture
 from torch.testing import assert_close
 
 from ldm.diffusion.grids import make_grid
@@ -36,19 +36,6 @@ def load_sampling():
 
 
 theirs = load_sampling()
-CENTRES, WIDTH = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64), 0.3
-
-
-def mixture(x, sigma):
-    """The exact denoiser of equal Gaussians at CENTRES, all WIDTH wide; sigma a number or (B,)."""
-    if isinstance(sigma, torch.Tensor):
-        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
-    variance = WIDTH**2 + sigma**2
-    distance = x[..., None] - CENTRES
-    weight = -(distance**2) / (2 * (variance[..., None] if isinstance(variance, torch.Tensor) else variance))
-    share = weight.softmax(-1)
-    mean = (share * CENTRES).sum(-1)  # of the centres, given x
-    return (WIDTH**2 * x + sigma**2 * mean) / variance
 
 
 def case(grid, steps):

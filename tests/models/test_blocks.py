@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ldm.models.attention import Attention, FeedForward, SelfAttentionBlock, SpatialTransformer
+from ldm.models.attention import PIECE, Attention, FeedForward, SelfAttentionBlock, SpatialTransformer
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.blocks import Downsample, ResBlock, Upsample, timestep_embedding
+from ldm.models.blocks import Downsample, ResBlock, Upsample, add, repeat_rows, silu, timestep_embedding
 from ldm.models.unet import UNet, UNetConfig
 
 
@@ -176,3 +176,40 @@ def test_epsilons_of_the_norms() -> None:
     autoencoder = AutoencoderKL(AutoencoderConfig(base_channels=8, norm_groups=4, attention_levels=(1,)))
     epsilons = {module.eps for module in autoencoder.modules() if isinstance(module, nn.GroupNorm)}
     assert epsilons == {1e-6}
+
+
+def test_rows_repeat_as_the_whole_batch_again() -> None:
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(repeat_rows(x, 6), torch.cat([x] * 3))
+    assert torch.equal(repeat_rows(x[:1], 3), torch.cat([x[:1]] * 3))
+    assert repeat_rows(x, 2) is x
+    assert repeat_rows(x[:1], 3).data_ptr() == x.data_ptr()  # of one row a view
+    with pytest.raises(ValueError, match="batch of 2 cannot be repeated to 5"):
+        repeat_rows(x, 5)
+
+
+def test_in_place_only_where_no_gradient_is_recorded() -> None:
+    """And never into another number format, as under autocast."""
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            branch = y.clone()
+            result = add(branch, x)
+            assert torch.equal(result, y + x)
+            assert (result is branch) is not recorded
+            own = x.clone()
+            assert torch.equal(silu(own), torch.nn.functional.silu(x))
+            assert torch.equal(own, x) is recorded
+            assert add(y.bfloat16(), x).dtype == torch.float32
+
+
+def test_feed_forward_in_pieces() -> None:
+    """Without gradients the tokens go through in pieces, the last one shorter; each is computed by itself."""
+    layer = randomised(FeedForward(4))
+    x = torch.randn(3, PIECE // 2 + 1, 4)
+    whole = layer(x)
+    sizes = []
+    layer.proj_in.register_forward_hook(lambda _, inputs, output: sizes.append(len(output)))
+    with torch.no_grad():
+        assert_close(layer(x), whole, rtol=0, atol=1e-5)
+    assert sizes == [PIECE, PIECE // 2 + 3]

@@ -5,6 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.editing import concatenated
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.schedule import DiffusionConfig, Schedule
 from ldm.models.unet import UNet, UNetConfig
 
 SMALL = {"model_channels": 16, "channel_mult": (1, 2, 2), "norm_groups": 8, "num_heads": 2, "context_dim": 12}
@@ -179,3 +183,104 @@ def test_a_class_is_needed() -> None:
 def test_errors_of_a_configuration(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**SMALL, **values})
+
+
+# --- several contexts for one x -----------------------------------------------------------------------------
+
+
+def several(config: UNetConfig, copies: int, batch: int = 2) -> tuple[UNet, Tensor, Tensor, Tensor]:
+    """A network, x and t (B, ...), contexts (R B, ...)."""
+    x, t, _ = inputs(batch)
+    return randomised(UNet(config)), x, t, torch.randn(copies * batch, 5, 12)
+
+
+def again(x: Tensor, copies: int) -> Tensor:
+    return torch.cat([x] * copies)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"transformer_depth": 2, "linear_projection": True},
+        {"attention_resolutions": (2,)},  # the first cross-attention comes later
+        {"attention_resolutions": ()},  # only in the middle
+        {"scale_shift_norm": True, "resblock_updown": True},
+        {"pooled_context": True},  # the embedding reads the context: nothing is shared
+    ],
+)
+@pytest.mark.parametrize(("copies", "batch"), [(2, 1), (2, 2), (3, 2)])
+def test_several_contexts_of_one_x_are_those_of_x_repeated(changes: dict, copies: int, batch: int) -> None:
+    unet, x, t, context = several(UNetConfig(**{**SMALL, **changes}), copies, batch)
+    expected = unet(again(x, copies), again(t, copies), context)
+    shared = unet(x, t, context)
+    assert float((shared - expected).norm() / expected.norm()) < 1e-5
+    with torch.no_grad():  # in place
+        assert float((unet(x, t, context) - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_what_does_not_read_the_context_runs_once() -> None:
+    unet, x, t, context = several(CONFIG, 3)
+    rows = []
+    transformer = unet.down_blocks[0].attentions[0]
+    for module in (unet.down_blocks[0].resnets[0], transformer.blocks[0].attn1, unet.down_blocks[0].resnets[1]):
+        module.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    unet(x, t, context)
+    assert rows == [2, 2, 6]
+
+
+@pytest.mark.parametrize("of_y", [1, 2])
+def test_classes_with_several_contexts(of_y: int) -> None:
+    """One class for each x, or one for each context: then everything differs."""
+    unet, x, t, context = several(UNetConfig(**SMALL, num_classes=3), 2)
+    y = torch.tensor([0, 2, 1, 1])[: 2 * of_y]
+    expected = unet(again(x, 2), again(t, 2), context, again(y, 2 // of_y))
+    assert_close(unet(x, t, context, y), expected, rtol=0, atol=1e-5)
+
+
+def test_several_classes_of_one_x_without_a_context() -> None:
+    config = UNetConfig(**{**SMALL, "context_dim": None}, attention="adm", num_classes=3)
+    unet, x, t, _ = several(config, 2)
+    y = torch.tensor([0, 2, 1, 1])
+    assert_close(unet(x, t, y=y), unet(again(x, 2), again(t, 2), y=y), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_control_with_several_contexts(rows: int) -> None:
+    unet, x, t, context = several(CONFIG, 2)
+    control = [torch.randn_like(each) for each in residuals(unet, again(x, rows // 2))]
+    expected = unet(again(x, 2), again(t, 2), context, control=[again(each, 4 // rows) for each in control])
+    assert_close(unet(x, t, context, control=control), expected, rtol=0, atol=1e-5)
+
+
+def test_contexts_must_be_a_multiple() -> None:
+    unet, x, t, _ = several(CONFIG, 2)
+    with pytest.raises(ValueError, match="one or several contexts for each of 2 x, got 3"):
+        unet(x, t, torch.randn(3, 5, 12))
+
+
+@pytest.mark.parametrize("channels", [0, 5])
+def test_guided_denoiser_shares_what_it_can(channels: int) -> None:
+    """Through Denoiser and guidance, with an inpainting model's channels too."""
+    config = UNetConfig(**SMALL, in_channels=4 + channels)
+    unet, x, t, context = several(config, 2)
+    batches = []
+    unet.conv_in.register_forward_hook(lambda _, inputs, output: batches.append(len(output)))
+    extra = {"channels": torch.randn(2, 5, 8, 12)} if channels else {}
+    denoise = Denoiser(concatenated(unet) if channels else unet, Schedule(DiffusionConfig()))
+    uncond, cond = ({"context": part, **extra} for part in context.chunk(2))
+    apart = [denoise(x, 3.0, **each) for each in (uncond, cond)]
+    guided = classifier_free(denoise, cond, uncond, 7.5)(x, 3.0)
+    assert_close(guided, apart[0] + 7.5 * (apart[1] - apart[0]), rtol=1e-5, atol=1e-4)
+    assert batches == [2, 2, 2]
+
+
+def test_no_grad_changes_nothing_but_memory(unet: UNet) -> None:
+    """What works in place there leaves its inputs alone."""
+    x, t, context = inputs()
+    control = [torch.randn_like(each) for each in residuals(unet, x)]
+    before = [each.clone() for each in (x, context, *control)]
+    expected = unet(x, t, context, control=control)
+    with torch.no_grad():
+        assert_close(unet(x, t, context, control=control), expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, context, *control), strict=True))

@@ -10,7 +10,20 @@ from torch.testing import assert_close
 
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.tokenizer import END_ID, START_ID, Tokenizer
-from ldm.models.weighting import BREAK, INTERPRETATIONS, Piece, chunks, encode, skipping
+from ldm.models.weighting import (
+    BREAK,
+    INTERPRETATIONS,
+    Piece,
+    chunks,
+    clip_skip_layers,
+    count_chunks,
+    cut,
+    encode,
+    encode_each,
+    skipping,
+)
+from ldm.weights import compvis
+from ldm.weights.io import load_strict
 from sample.prompts import at_step, parse
 
 TOKENIZER = Tokenizer()
@@ -230,7 +243,132 @@ def test_half_precision_stays(model: TextEncoder) -> None:
     assert_close(context.float(), exact, rtol=0.1, atol=0.1)
 
 
+# Limits
+
+
+@pytest.mark.parametrize("count", [3, 75, 76, 200])
+def test_a_limit_keeps_what_the_tokenizer_keeps(count: int) -> None:
+    text, recording = words(count, 60), Recording()
+    encode([[Piece(text)]], TOKENIZER, recording, limit=1, backtrack=0)
+    assert torch.equal(recording.seen[0], TOKENIZER([text]))
+    assert cut([Piece(text)], TOKENIZER, 1, backtrack=0) == TOKENIZER.cut(text)
+
+
+def test_a_limit_keeps_the_first_chunks(model: TextEncoder) -> None:
+    pieces = [Piece(words(80), 1.2), BREAK, Piece("on a table"), BREAK, Piece("at night")]
+    every = encode([pieces], TOKENIZER, model)
+    assert every.shape[1] == 4 * 77 == 77 * count_chunks(pieces, TOKENIZER)
+    for limit in (1, 2, 3, 4, 5):
+        found = encode([pieces], TOKENIZER, model, limit=limit)
+        assert_close(found, every[:, : limit * 77], rtol=0, atol=1e-6)
+    shorter = encode([pieces, [Piece("pear")]], TOKENIZER, model, limit=1)
+    assert shorter.shape == (2, 77, 16)
+    assert encode([pieces], TOKENIZER, model, limit=1, at_least=2).shape == (1, 154, 16)
+
+
+def test_what_a_limit_cuts_in_words() -> None:
+    tokenizer = Tokenizer()
+    tokenizer.add_placeholder("<cat>", 3)
+    pieces = [Piece(words(75) + " pear"), Piece(" , plum", 1.3), BREAK, Piece("a <cat> on a table")]
+    assert cut(pieces, tokenizer, 1) == "pear , plum a <cat> on a table"
+    assert cut(pieces, tokenizer, 2) == "a <cat> on a table"
+    assert cut(pieces, tokenizer, 3) == cut(pieces, tokenizer, None) == ""
+    assert cut([Piece("a"), BREAK, Piece("b")], tokenizer, 1) == "b"
+    # back to the comma, so that more is lost than what does not fit
+    text = words(74, 73) + " pear plum"
+    assert cut([Piece(text)], tokenizer, 1) == "pear plum"
+    assert cut([Piece(text)], tokenizer, 1, backtrack=0) == "plum"
+
+
+def test_count_of_chunks() -> None:
+    assert count_chunks([Piece("")], TOKENIZER) == count_chunks([Piece(words(75))], TOKENIZER) == 1
+    assert count_chunks([Piece(words(76))], TOKENIZER) == 2
+    assert count_chunks([Piece("a"), BREAK, Piece("b"), BREAK, Piece("c")], TOKENIZER) == 3
+    assert count_chunks([Piece(words(148, 70))], TOKENIZER) == 3
+    assert count_chunks([Piece(words(148, 70))], TOKENIZER, backtrack=0) == 2
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_out_of_range(model: TextEncoder, limit: int) -> None:
+    calls = [
+        lambda: encode([[Piece("a")]], TOKENIZER, model, limit=limit),
+        lambda: encode_each([[Piece("a")]], TOKENIZER, model, limit=limit),
+        lambda: cut([Piece("a")], TOKENIZER, limit),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"limit of chunks must be at least 1, got {limit}"):
+            call()
+
+
+# A context for each
+
+
+@pytest.mark.parametrize("repeat_end", [False, True])
+@pytest.mark.parametrize("interpretation", INTERPRETATIONS)
+def test_each_prompt_as_if_alone(interpretation: str, repeat_end: bool) -> None:
+    model = tower(repeat_end=repeat_end)
+    prompts = [
+        [Piece("pear")],
+        [Piece(words(80)), BREAK, Piece("plum", 0.4)],
+        weighted("a", "red apple", "on"),
+        [Piece("")],
+        [Piece("pear")],
+    ]
+    found = encode_each(prompts, TOKENIZER, model, interpretation)
+    assert [len(context[0]) for context in found] == [77, 231, 77, 77, 77]
+    for pieces, context in zip(prompts, found, strict=True):
+        alone = encode([pieces], TOKENIZER, model, interpretation)
+        assert_close(context, alone, rtol=1e-6, atol=2e-6)
+    assert found[0] is found[4]
+    kept = encode_each(prompts, TOKENIZER, model, interpretation, limit=1, backtrack=0, skip=1)
+    for pieces, context in zip(prompts, kept, strict=True):
+        alone = encode([pieces], TOKENIZER, model, interpretation, limit=1, backtrack=0, skip=1)
+        assert_close(context, alone, rtol=1e-6, atol=2e-6)
+
+
+def test_each_distinct_chunk_is_encoded_once() -> None:
+    recording = Recording()
+    prompts = [[Piece("a")], [Piece("a", 1.3)], [Piece("b"), BREAK, Piece("a")], [Piece("a")], [Piece("")]]
+    encode_each(prompts, TOKENIZER, recording)
+    (ids,) = recording.seen
+    assert sorted(ids.tolist()) == sorted(TOKENIZER(["a", "b", ""]).tolist())
+    assert encode_each([], TOKENIZER, recording) == []
+
+
 # Clip skip
+
+
+@pytest.mark.parametrize("value", [1, 2, 3])
+def test_clip_skip_against_transformers(value: int) -> None:
+    """The web UI's 2 is diffusers' 1: the final norm of `hidden_states[-(clip_skip + 1)]`."""
+    library = pytest.importorskip("transformers")
+    config = library.CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    theirs = library.CLIPTextModel(config).eval().requires_grad_(False)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = tower()
+    load_strict(ours, compvis.to_ours(theirs.state_dict(), ours.config), "transformers")
+    ids = TOKENIZER(["a red apple"])
+    states = theirs(ids, output_hidden_states=True)
+    clip_skip = value - 1
+    expected = ours.final_norm(states.hidden_states[-(clip_skip + 1)])
+    if clip_skip == 0:
+        assert_close(expected, states.last_hidden_state, rtol=0, atol=1e-6)
+    for skip in (clip_skip_layers(value), clip_skip_layers(clip_skip, "diffusers")):
+        context = encode([[Piece("a red apple")]], TOKENIZER, ours, skip=skip)
+        assert_close(context, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_clip_skip_of_nothing() -> None:
+    assert clip_skip_layers(1) == clip_skip_layers(0, "diffusers") == 0
+    with pytest.raises(ValueError, match=r"clip skip must be at least 1 \(which skips nothing\), got 0"):
+        clip_skip_layers(0)
+    with pytest.raises(ValueError, match=r"clip skip must be at least 0 \(which skips nothing\), got -1"):
+        clip_skip_layers(-1, "diffusers")
+    with pytest.raises(ValueError, match="one of webui, diffusers, got 'novelai'"):
+        clip_skip_layers(2, "novelai")
 
 
 @pytest.mark.parametrize("trained", [0, 1])
@@ -273,17 +411,23 @@ def test_errors(model: TextEncoder) -> None:
             encode([[Piece("a"), Piece("apple", weight)]], TOKENIZER, model)
 
 
+class Recording(TextEncoder):
+    """A tower that notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(TextConfig(width=16, layers=1, heads=2, mlp_width=32))
+        self.seen: list[Tensor] = []
+
+    def forward(self, ids):
+        self.seen.append(ids)
+        return super().forward(ids)
+
+
 def test_rows_are_framed() -> None:
     """Start and end tokens around each chunk: what the tower is given."""
-    seen = []
-
-    class Recording(TextEncoder):
-        def forward(self, ids):
-            seen.append(ids)
-            return super().forward(ids)
-
-    encode([[Piece(words(76))]], TOKENIZER, Recording(TextConfig(width=16, layers=1, heads=2, mlp_width=32)))
-    (ids,) = seen
+    recording = Recording()
+    encode([[Piece(words(76))]], TOKENIZER, recording)
+    (ids,) = recording.seen
     assert ids[:, 0].tolist() == [START_ID] * 2
     assert ids[0, 1:76].tolist() == [WORD] * 75 and ids[0, 76] == END_ID
     assert ids[1, 1:].tolist() == [WORD] + [END_ID] * 75

@@ -141,5 +141,5 @@ def test_six_frames_from_the_command_to_the_network(
 
     monkeypatch.setattr(UNet, "forward", stop)
     assert main(["txt2img", "a", "--model", str(model), "--out", str(tmp_path), "--device", "cpu"]) == 2
-    walk = "__main__.main txt2img.run pipeline.stream samplers.ddim guidance.guided denoiser.__call__"
+    walk = "__main__.main txt2img.run stream.trajectory samplers.ddim guidance.guided denoiser.__call__"
     assert ours == walk.split()

@@ -21,9 +21,11 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.seeding import generator
 from ldm.weights.compvis import UNET_PREFIX
 from ldm.weights.io import load_strict
+from sample import words
 from sample.__main__ import main
 from sample.images import read_parameters, to_pil, to_tensor
-from sample.pipeline import Pipeline, Start
+from sample.pipeline import Pipeline
+from sample.start import Start
 
 PIXEL = 2 / 255
 
@@ -116,7 +118,7 @@ def test_six_of_ten_steps_as_the_original(original: Pipeline, monkeypatch: pytes
     by_hand = alpha_bar[601].sqrt() * named_input("z0", 1, 4, 16, 16) + (1 - alpha_bar[601]).sqrt() * noise
     assert_close(by_hand, golden["img2img.encoded"], atol=1e-5, rtol=0)
     contexts = {name: named_input(name, 1, 77, 64) for name in ("cond", "uncond")}
-    monkeypatch.setattr(original, "encode_prompts", lambda prompts: contexts[prompts[0]])
+    monkeypatch.setattr(words, "contexts", lambda _, texts, how: {t: contexts[t[0].text] for t in texts})
     monkeypatch.setattr(original, "noise", lambda shape, *keys: noise)
     z0 = (golden["img2img.encoded"] - (1 - alpha_bar[501]).sqrt() * noise) / alpha_bar[501].sqrt()
     *_, last = original.stream(["cond"], negative="uncond", steps=10, start=Start(z0, strength=0.6))
@@ -263,8 +265,8 @@ def test_command(
     assert told.err == ""
     assert told.out.splitlines() == [str(out / name) for name in ("00000.png", "00001.png", "grid-0000.png")]
     p = read_parameters(out / "00001.png")
-    assert (p["command"], p["prompt"], p["image"], p["strength"], p["exact_steps"], p["init"], p["size"]) == (
-        "img2img", "a red apple", 1, 0.5, False, str(file), [40, 32]
+    assert (p["command"], p["prompt"], p["image"], p["strength"], p["init"], p["size"]) == (
+        "img2img", "a red apple", 1, 0.5, str(file), [40, 32]
     )  # fmt: skip
     picture = to_tensor(Image.open(file))
     expected = to_pil(pipe.img2img(picture, ["a red apple"] * 2, strength=0.5, steps=4, seed=3))[1]

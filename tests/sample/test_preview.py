@@ -17,7 +17,7 @@ from ldm.models.autoencoder import Autoencoder, AutoencoderConfig, PointPosterio
 from ldm.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ldm.weights.io import save_weights
 from ldm.weights.tiny import to_original
-from sample import txt2img as command
+from sample import looking
 from sample.__main__ import main
 from sample.pipeline import Pipeline
 from sample.preview import due, linear_previewer, save_preview, tiny_previewer
@@ -195,7 +195,7 @@ def test_it_shows_the_estimate_every_few_steps(
         assert path == tmp_path / "out" / "preview.png"
         kept.append(images)
 
-    monkeypatch.setattr(command, "save_preview", keep)
+    monkeypatch.setattr(looking, "save_preview", keep)
     more = ("--preview", str(tmp_path / "tiny"), "--preview-every", "2", "--seed", "5")
     assert txt2img(model, tmp_path / "out", *more) == 0
     estimates = [step.denoised for step in pipe.stream(["a red apple"], steps=4, seed=5)]

@@ -3,12 +3,26 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from ldm.diffusion.guidance import composed, guide
+from ldm.diffusion.guidance_rules import Linear
 from ldm.models.weighting import BREAK, Piece
-from sample.prompts import Alternate, Part, Prompt, Schedule, at_step, emphasis, parse
+from sample.prompts import (
+    SYNTAXES,
+    Alternate,
+    Part,
+    Prompt,
+    Schedule,
+    at_step,
+    comfy_emphasis,
+    emphasis,
+    mixed,
+    parse,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,10 +111,8 @@ def test_the_web_uis_example() -> None:
 
 
 def test_emphasis_off_leaves_brackets_as_text() -> None:
-    prompt = parse(r"a (red:1.3) [apple:pear:0.5] BREAK \(x\)")
-    assert at_step(prompt, 0, 2, emphasised=False) == (
-        (1.0, (Piece(r"a (red:1.3) apple BREAK \(x\)", 1.0),)),
-    )
+    prompt = parse(r"a (red:1.3) [apple:pear:0.5] BREAK \(x\)", syntax="webui-none")
+    assert at_step(prompt, 0, 2) == ((1.0, (Piece(r"a (red:1.3) apple BREAK \(x\)", 1.0),)),)
 
 
 def test_break() -> None:
@@ -241,6 +253,158 @@ def test_steps_that_say_the_same_are_equal() -> None:
 def test_step_out_of_range(step: int, steps: int) -> None:
     with pytest.raises(ValueError, match=rf"step of a prompt must be in 0..{steps - 1}, got {step}"):
         at_step(parse("a"), step, steps)
+
+
+# Mixtures
+
+
+def weights(text: str, mix: bool = True) -> list[float]:
+    prompt = mixed(parse(text)) if mix else parse(text)
+    return [part.weight for part in prompt.parts]
+
+
+def test_a_mixture_has_shares() -> None:
+    assert weights("Van Gogh:3 AND Monet:2") == [0.6, 0.4]
+    assert weights("Van Gogh:3 AND Monet:2", mix=False) == [3, 2]
+    assert weights("a AND b AND c AND d") == [0.25] * 4
+    assert weights("a:2 AND b:-1") == [2, -1]
+    assert weights("a:3 AND b:0 AND c") == [0.75, 0, 0.25]
+    assert weights("a red apple") == weights("a red apple:1.2") == [1]
+
+
+def test_a_mixture_says_the_same() -> None:
+    prompt = parse("[a:b:5] (c):3 AND d:1")
+    assert [[pieces for _, pieces in at_step(each, 9, 10)] for each in (prompt, mixed(prompt))] == [
+        [(Piece("b "), Piece("c", 1.1)), (Piece("d"),)]
+    ] * 2
+    assert mixed(mixed(prompt)) == mixed(prompt)
+
+
+def test_guidance_of_a_mixture() -> None:
+    """The web UI's D_u + sum w_i s (D_i - D_u); mixed, that is guidance s towards the weighted average."""
+
+    def denoise(x: torch.Tensor, sigma: object, context: torch.Tensor) -> torch.Tensor:
+        return x * context
+
+    x = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    d_u, d_1, d_2 = 0.5, 2.0, -1.0
+    contexts = [{"context": torch.full((1, 1, 1, 1), value, dtype=x.dtype)} for value in (d_u, d_1, d_2)]
+    for mix, expected in (
+        (False, d_u + 7 * (3 * (d_1 - d_u) + 2 * (d_2 - d_u))),
+        (True, d_u + 7 * (0.6 * d_1 + 0.4 * d_2 - d_u)),
+    ):
+        weighted = list(zip(weights("Van Gogh:3 AND Monet:2", mix), contexts[1:], strict=True))
+        guided = guide(composed(denoise, weighted, contexts[0]), Linear(7.0))
+        torch.testing.assert_close(guided(x, 1.0), x * expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a:1 AND b:-1", "1, -1"),
+        ("a:0", "0"),
+        ("a:-2 AND b", "-2, 1"),
+        ("a:" + "9" * 400 + " AND b", "inf, 1"),
+        ("a:" + "9" * 400 + " AND b:-" + "9" * 400, "inf, -inf"),
+        ("a:1" + "0" * 308 + " AND b:1" + "0" * 308, r"1e\+308, 1e\+308"),
+    ],
+)
+def test_shares_of_nothing(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"weights of a mixture need a finite sum above 0, got {told}"):
+        mixed(parse(text))
+
+
+# Other syntaxes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [("", 1.0)]),
+        ("a red apple", [("a red apple", 1.0)]),
+        ("a (red) apple", [("a ", 1.0), ("red", 1.1), (" apple", 1.0)]),
+        ("((red))", [("red", 1.1 * 1.1)]),
+        ("(red:1.3)", [("red", 1.3)]),
+        ("(red: .5 )", [("red", 0.5)]),
+        ("(red:-0.4)", [("red", -0.4)]),
+        ("(red:1e-1)", [("red", 0.1)]),
+        # a number replaces what stands around it, brackets inside go on from it
+        ("((a:1.3) b)", [("a", 1.3), (" b", 1.1)]),
+        ("((a:1.3) b:2)", [("a", 1.3), (" b", 2.0)]),
+        ("(a (b) c:0.5)", [("a ", 0.5), ("b", 0.5 * 1.1), (" c", 0.5)]),
+        ("((a:1.3):0.5)", [("a", 1.3)]),
+        ("(((a)):2)", [("a", 2.0 * 1.1 * 1.1)]),
+        # the number is what follows the last colon
+        ("(a:b:1.3)", [("a:b", 1.3)]),
+        ("(a:1.3 b)", [("a:1.3 b", 1.1)]),
+        ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
+        ("(a:)", [("a:", 1.1)]),
+        ("(:2)", [(":2", 1.1)]),  # nothing before the colon
+        ("()", [("", 1.0)]),
+        # pieces stay apart
+        ("(red)(apple)", [("red", 1.1), ("apple", 1.1)]),
+        # what has no partner
+        ("a (red apple", [("a ", 1.0), ("(red apple", 1.0)]),
+        ("a (red (big) apple", [("a ", 1.0), ("(red (big) apple", 1.0)]),
+        ("((a)", [("(a", 1.1)]),  # the last bracket closes the first
+        ("(((a):1.3)", [("(a", 1.3 * 1.1)]),
+        ("a) b", [("a) b", 1.0)]),
+        ("a) (b) c", [("a) (b) c", 1.0)]),
+        ("a) ((b)) c", [("a) (", 1.0), ("b", 1.1), (") c", 1.0)]),
+        # escapes
+        (r"\(red\)", [("(red)", 1.0)]),
+        (r"(a\))", [("a)", 1.1)]),
+        (r"(a \(b\):1.3)", [("a (b)", 1.3)]),
+        (r"a\\b \[c\]", [(r"a\\b \[c\]", 1.0)]),  # nothing else is one
+        # the web UI's signs are text
+        ("[a] [b:c:0.5] [d|e]", [("[a] [b:c:0.5] [d|e]", 1.0)]),
+        ("a:2 AND b:3 BREAK c", [("a:2 AND b:3 BREAK c", 1.0)]),
+        ("a:1.3", [("a:1.3", 1.0)]),
+        ("(BREAK:-1)", [("BREAK ", -1.0)]),
+    ],
+)
+def test_comfy(text: str, expected: list[tuple[str, float]]) -> None:
+    ((weight, found),) = at_step(parse(text, syntax="comfy"), 0, 10)
+    assert weight == 1 and found == comfy_emphasis(text)
+    assert [piece for piece, _ in found] == [piece for piece, _ in expected]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected], rel=1e-12)
+    assert BREAK not in found
+
+
+def test_comfy_and_the_web_ui_differ_in_nested_numbers() -> None:
+    text = "((a:1.3) b:2)"
+    assert [weight for _, weight in emphasis(text)] == pytest.approx([2.6, 2])
+    assert [weight for _, weight in comfy_emphasis(text)] == [1.3, 2]
+
+
+def test_comfy_reads_every_text() -> None:
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text())
+    @example("(" * 1000 + "a" + ")" * 1000)
+    @example("(" * 500 + ")" * 499)
+    @example(")" * 500 + "(" * 501 + ")")
+    def check(text: str) -> None:
+        pieces = comfy_emphasis(text)
+        assert all(piece.text for piece in pieces) or pieces == (Piece(""),)
+        if "(" not in text.replace("\\(", ""):
+            assert len(pieces) == 1 and pieces[0].weight == 1
+
+    check()
+
+
+def test_plain_is_the_text() -> None:
+    text = r"a (red:1.3) [apple:pear:0.5] BREAK b AND \(c\):2"
+    assert at_step(parse(text, syntax="plain"), 9, 10) == ((1.0, (Piece(text),)),)
+    assert at_step(parse("", syntax="plain"), 0, 1) == ((1.0, (Piece(""),)),)
+
+
+def test_syntaxes() -> None:
+    text = "(a) [b:c:1] AND d"
+    assert len({at_step(parse(text, syntax=name), 0, 2) for name in SYNTAXES}) == len(SYNTAXES) == 4
+    for name in SYNTAXES:
+        assert at_step(parse("a red apple", syntax=name), 0, 1) == ((1.0, (Piece("a red apple"),)),)
+    with pytest.raises(ValueError, match="one of webui, webui-none, comfy, plain, got 'compel'"):
+        parse("a", syntax="compel")
 
 
 # Any text

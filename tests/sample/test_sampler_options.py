@@ -9,9 +9,9 @@ import torch
 from ldm.diffusion.grids import make_grid
 from ldm.diffusion.schedule import DiffusionConfig
 from sample.__main__ import main
+from sample.arguments import named_values
 from sample.images import read_parameters
 from sample.pipeline import Pipeline
-from sample.txt2img import named_values
 
 
 def run(pipe: Pipeline, **options: Any) -> torch.Tensor:
@@ -51,12 +51,12 @@ def test_a_pure_noise_model(build: Any) -> None:
 
 
 def test_named_values() -> None:
-    assert named_values(["order=3", "variant=bh1", "churn=1e1"]) == {
+    assert named_values(["order=3", "variant=bh1", "churn=1e1"], "--x") == {
         "order": 3,
         "variant": "bh1",
         "churn": 10.0,
     }
-    assert isinstance(named_values(["order=3"])["order"], int)
+    assert isinstance(named_values(["order=3"], "--x")["order"], int)
 
 
 OPTIONS = ["--sampler", "unipc", "--schedule", "karras:5", "--sampler-option", "order=3"]

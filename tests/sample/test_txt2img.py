@@ -89,11 +89,30 @@ def test_the_parameters_remake_the_picture(model: Path, tmp_path: Path, dtype: s
 def test_a_long_prompt_is_told_what_is_cut(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert txt2img(model, tmp_path, "apple " * 75 + "seventysixth word") == 0
+    assert txt2img(model, tmp_path, "apple " * 75 + "seventysixth word", "--long-prompts", "cut") == 0
     told = capsys.readouterr().err
     assert told.startswith("ldm-sample: warning: prompt 'apple apple")
     assert "exceeds the model's 77 tokens; not read: 'seventysixth word'" in told
     assert told.count("\n") == 1
+
+
+def test_a_long_prompt_is_read_in_chunks(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words behind the 75th token change the picture, unless they are cut."""
+    long = "apple " * 75
+    for name, prompt, *options in (
+        ("a", long + "seventysixth word"),
+        ("b", long + "something else"),
+        ("c", long + "something else", "--long-prompts", "cut"),
+        ("d", long, "--long-prompts", "cut"),
+    ):
+        assert txt2img(model, tmp_path / name, prompt, *options) == 0
+        if not options:
+            assert "exceeds the model's 77 tokens; read in 2 chunks" in capsys.readouterr().err
+    made = {name: pixels(tmp_path / name / "00000.png") for name in "abcd"}
+    assert not np.array_equal(made["a"], made["b"])
+    assert np.array_equal(made["c"], made["d"])
 
 
 def test_a_negative_prompt_without_effect_is_told(
@@ -139,7 +158,7 @@ def test_an_interrupt_keeps_what_is_done(
 ) -> None:
     decode, calls = Pipeline.decode, iter(range(9))
 
-    def interrupted(self: Pipeline, latents: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: Pipeline, latents: torch.Tensor, tile: None) -> torch.Tensor:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return decode(self, latents)

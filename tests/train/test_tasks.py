@@ -97,6 +97,19 @@ def test_diffusion_learns(runs):
     assert len(list((runs / "diffusion" / "previews").glob("*.png"))) == 2
 
 
+def test_a_rectified_flow_trains_and_samples(runs, shapes, tmp_path):
+    """The other way to make noise of pictures, by two values of the same configuration."""
+    flow = ["diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.shift=2.0"]
+    where = places(shapes, runs, "diffusion")[2:] + [f"data.path={shapes}", f"run.out={tmp_path / 'flow'}"]
+    steps = ["run.steps=30", "run.log_every=5"]
+    assert train(["diffusion", "configs/train/tiny.yaml", *where, *flow, *steps]) == 0
+    losses = [row["loss"] for row in log(tmp_path / "flow") if "loss" in row]
+    assert losses[-1] < losses[0]
+    how = ["--model", str(tmp_path / "flow"), "--device", "cpu", "--sampler", "euler", "--steps", "4"]
+    assert sample(["txt2img", "a red square", *how, "--out", str(tmp_path / "out")]) == 0
+    assert np.array(Image.open(tmp_path / "out" / "00000.png")).std() > 1
+
+
 def test_the_trained_model_samples_from_the_command_line(runs, tmp_path, capsys):
     command = [
         "txt2img",

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.config import to_dict
+from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.tokenizer import Tokenizer, vocabulary
 from ldm.weights import compvis
+from ldm.weights.diffusers_config import diffusion_config, scheduler_json
 from ldm.weights.kinds import find_kind
 from ldm.weights.reading import open_checkpoint
 from ldm.weights.source import Source
@@ -148,6 +150,17 @@ def test_inpainting_and_depth_models_are_such_in_diffusers_too(
     assert type(pipe) is getattr(library, name)
     weight = pipe.unet.conv_in.weight
     assert torch.equal(weight.half(), tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"])
+
+
+def test_a_flow_is_told_to_diffusers_and_back() -> None:
+    library = pytest.importorskip("diffusers")
+    config = DiffusionConfig(schedule="flow", prediction="flow", shift=3.0)
+    told = scheduler_json(config)
+    assert diffusion_config(told, "x") == config
+    theirs = getattr(library, told["_class_name"]).from_config(told)
+    assert (theirs.config.shift, theirs.config.num_train_timesteps) == (3.0, 1000)
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        diffusion_config({**told, "use_dynamic_shifting": True}, "x")
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])

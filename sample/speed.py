@@ -1,0 +1,61 @@
+"""The speed options of the commands: a model in another form, made before sampling.
+
+`--fast-conv` and `--compile` compute the same but for rounding, `--token-merging` and `--deep-cache`
+something near. Each gives `pipe.network`, what sampling evaluates; the weights stay shared with `pipe.unet`.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from ldm.models.compiled import compile_blocks
+from ldm.models.deep_cache import DeepCache
+from ldm.models.fast_conv import fast_convolutions
+from ldm.models.token_merging import merging
+from ldm.models.variants import sharing
+from sample.model import reads_text
+from sample.parts import Parts
+
+OPTIONS = ("fast_conv", "compile", "deep_cache", "token_merging")
+
+
+def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> None:
+    """Set `pipe.network` as the options say, for pictures of `size` (W, H); nothing where that is done.
+
+    Raises ValueError for values outside their range.
+    """
+    wanted = (*(getattr(args, name) for name in OPTIONS), size, args.batch)
+    if pipe.form == wanted:
+        return
+    unet = pipe.unet
+    if args.token_merging:
+        unet = merging(unet, args.token_merging)
+    if args.fast_conv:
+        if not (pipe.device.type == "cpu" and pipe.dtype == torch.float32):
+            raise ValueError(f"--fast-conv is for float32 on the CPU, got {pipe.dtype} on {pipe.device}")
+        batch, config, shape = min(args.batch, args.n), pipe.unet.config, pipe.latent_shape(size)
+        x = torch.zeros(batch, config.in_channels, *shape[1:])
+        tokens = getattr(pipe.tokenizer, "context_length", 1)
+        width = config.context_dim if reads_text(config) else None
+        context = None if width is None else torch.zeros(2 * batch, tokens, width)
+        unet, found = fast_convolutions(unet, args.fast_conv, x, torch.zeros(batch), context)
+        print(f"UNet: {found}", file=sys.stderr)
+        left = args.fast_conv - found.bytes / 1e9
+        z = torch.zeros(batch, pipe.autoencoder.config.z_channels, *shape[1:])
+        decoder, found = fast_convolutions(pipe.autoencoder.decoder, left, z)
+        print(f"decoder: {found}", file=sys.stderr)
+        pipe.autoencoder = sharing(pipe.autoencoder)
+        pipe.autoencoder.decoder = decoder
+    if args.compile:
+        unet = compile_blocks(unet)
+    pipe.network = unet if args.deep_cache is None else DeepCache(unet, *cache_of(args.deep_cache))
+    pipe.form = wanted
+
+
+def cache_of(text: str) -> tuple[int, int]:
+    """`N` or `N:BRANCH` as two numbers. Raises ValueError for other text."""
+    every, _, branch = text.partition(":")
+    if not (every.isdecimal() and (branch or "0").isdecimal()):
+        raise ValueError(f"--deep-cache must be like 3 or 3:1, got {text!r}")
+    return int(every), int(branch or 0)
