@@ -35,11 +35,11 @@ def predict(unet: Any, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
     return unet(x, t, encoder_hidden_states=context, class_labels=pooled, return_dict=False)[0]
 
 
-def unet(ours: UNet) -> Any:
-    """`ours` as UNet2DConditionModel, with its own copy of the weights, in the same mode."""
+def unet(ours: UNet, share: bool = False) -> Any:
+    """`ours` as UNet2DConditionModel, in the same mode; share: on the same tensors, else with its own copy."""
     with torch.device("meta"):
         theirs = unet_of(ours.config)
-    return equal(theirs, ours)
+    return equal(theirs, ours, share)
 
 
 def autoencoder(ours: AutoencoderKL) -> Any:
@@ -49,11 +49,10 @@ def autoencoder(ours: AutoencoderKL) -> Any:
     return equal(theirs, ours)
 
 
-def equal(theirs: Any, ours: UNet | AutoencoderKL) -> Any:
-    """Copies of the weights of `ours` in `theirs`, strictly; its mode and what it trains too."""
-    translated = to_diffusers(
-        {name: tensor.clone() for name, tensor in ours.state_dict().items()}, ours.config
-    )
+def equal(theirs: Any, ours: UNet | AutoencoderKL, share: bool = False) -> Any:
+    """The weights of `ours` in `theirs`, strictly, copied unless shared; its mode and what it trains too."""
+    tensors = {name: tensor if share else tensor.clone() for name, tensor in ours.state_dict().items()}
+    translated = to_diffusers(tensors, ours.config)
     theirs.load_state_dict(translated, strict=True, assign=True)
     theirs.requires_grad_(next(ours.parameters()).requires_grad)
     return theirs.train(ours.training)

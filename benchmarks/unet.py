@@ -6,9 +6,10 @@
 
 The weights are random and none is zero. A row is one kind of call in one number format and memory layout,
 the same on both sides. A `call` has inputs that all differ; in a `guided call`, as sampling makes it, two
-prompts share each x, which ours gets once and diffusers' gets twice. `difference` is the largest of the outputs' absolute differences for a call, and for
-a training step the norm of the gradients' difference over that of the gradient. Memory is the peak of a
-process of its own that holds one model, less what it held before building it.
+prompts share each x, which ours gets once and diffusers' gets twice. `difference` is the largest of the
+outputs' absolute differences for a call, and for a training step the norm of the gradients' difference over
+that of the gradient. Memory is the peak of a process of its own that holds one model, less what it held
+before building it.
 """
 
 import argparse

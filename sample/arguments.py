@@ -13,7 +13,8 @@ from ldm.diffusion.samplers import SAMPLERS
 from ldm.models.weighting import clip_skip_layers
 from sample.cli import load_pipeline
 from sample.parts import Parts
-from sample.prompt_sources import expand, read_prompts, read_study
+from sample.prompt_sources import expand, read_prompts
+from sample.prompt_study import read_study
 from sample.settings import Guidance, Sampling, Variation, Wording
 
 

@@ -100,6 +100,8 @@ class Look:
             pipe = self.looking.pipe
             ids = chunks(self.pieces, pipe.tokenizer, 0 if limit(pipe, wording) else wording.backtrack)
             said = words(pipe.tokenizer, [[i for i, _ in chunk] for chunk in ids[: limit(pipe, wording)]])
+            if not said:  # the empty prompt has nothing to attend to
+                return files
             files.append(path.with_name(f"{path.stem}-attention.png"))
             save_png(token_pictures(self.maps.mean()[0], said, picture), files[-1])
         return files

@@ -101,8 +101,9 @@ def run(args: argparse.Namespace) -> None:
 
 def make(command: str, args: argparse.Namespace, pipe: Pipeline, dry: bool = False) -> list[Path]:
     """Run a cell's command without a word. dry: only what it checks before it samples."""
+    run = importlib.import_module(f"sample.{command}").run
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return importlib.import_module(f"sample.{command}").run(args, Repeated({}, dry=dry), pipe=pipe)
+        return run(args, Repeated({}, dry=dry, grid=False), pipe=pipe)
 
 
 def opened(path: Path) -> Image.Image:

@@ -57,12 +57,14 @@ class Given:
 class Repeated:
     """What `again` repeats: the text chunk of a picture, and the number of the one picture to write.
 
-    Where that is None, all that are made are written, and their grid. dry: nothing is made, only checked.
+    Where that is None, all that are made are written, and (grid) their grid. dry: nothing is made, only
+    checked; both are for `sweep`.
     """
 
     recorded: Mapping[str, Any]
     only: int | None = None
     dry: bool = False
+    grid: bool = True
 
     def leaves_out(self, number: int) -> bool:
         return self.only not in (None, number)
@@ -158,7 +160,7 @@ class Job:
 
     def write_grid(self) -> None:
         """All pictures in one, a row a prompt."""
-        if len(self.pictures) < 2:
+        if len(self.pictures) < 2 or not self.repeated.grid:
             return
         prompts, n = [prompt for prompt, _ in self.asked], self.args.n
         if self.args.wildcards is None:  # else each picture has a prompt of its own

@@ -12,6 +12,7 @@ import os
 import shutil
 
 import torch
+import torch.compiler.config
 
 from ldm.models.attention import SpatialTransformer
 from ldm.models.blocks import ResBlock
@@ -33,12 +34,14 @@ def compile_blocks(unet: UNet, backend: str = "inductor") -> UNet:
         raise ValueError(
             "compiling needs a C++ compiler: install g++ or clang++, or name one in the variable CXX"
         )
+    limits = torch.compiler.config  # of the whole process: a shape is a recompilation to torch
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
     variant = sharing(unet)
     for block in variant.modules():
         if isinstance(block, ResBlock | SpatialTransformer):
             # Its forward, not the module: that would take the hooks into the graph, and forget later ones
-            block.forward = torch.compile(  # type: ignore[method-assign]
-                block.forward, fullgraph=True, dynamic=False, backend=backend, recompile_limit=SHAPES
+            block.forward = torch.compile(  # type: ignore[method-assign, assignment]
+                block.forward, fullgraph=True, dynamic=False, backend=backend
             )
     return variant
 

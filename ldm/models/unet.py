@@ -15,7 +15,16 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from ldm.models.attention import QKV_LAYOUTS, SelfAttentionBlock, SpatialTransformer
-from ldm.models.blocks import Downsample, ResBlock, TimestepEmbedding, Upsample, repeat_rows, silu, timestep_embedding, zero_init
+from ldm.models.blocks import (
+    Downsample,
+    ResBlock,
+    TimestepEmbedding,
+    Upsample,
+    repeat_rows,
+    silu,
+    timestep_embedding,
+    zero_init,
+)
 
 
 @dataclass(frozen=True)
@@ -297,7 +306,10 @@ class DownBlock(nn.Module):
             )
 
     def forward(
-        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B_emb E"], context: Float[Tensor, "RB T D"] | None
+        self,
+        h: Float[Tensor, "B C h w"],
+        emb: Float[Tensor, "B_emb E"],
+        context: Float[Tensor, "RB T D"] | None,
     ) -> tuple[Tensor, list[Tensor]]:
         outputs = []
         for i, resnet in enumerate(self.resnets):
@@ -318,7 +330,10 @@ class MidBlock(nn.Module):
         self.attention = attention_block(config, channels)
 
     def forward(
-        self, h: Float[Tensor, "B C h w"], emb: Float[Tensor, "B_emb E"], context: Float[Tensor, "RB T D"] | None
+        self,
+        h: Float[Tensor, "B C h w"],
+        emb: Float[Tensor, "B_emb E"],
+        context: Float[Tensor, "RB T D"] | None,
     ) -> Float[Tensor, "B_out C h w"]:
         return self.resnets[1](self.attention(self.resnets[0](h, emb), context), emb)
 

@@ -223,7 +223,11 @@ def test_what_does_not_read_the_context_runs_once() -> None:
     unet, x, t, context = several(CONFIG, 3)
     rows = []
     transformer = unet.down_blocks[0].attentions[0]
-    for module in (unet.down_blocks[0].resnets[0], transformer.blocks[0].attn1, unet.down_blocks[0].resnets[1]):
+    for module in (
+        unet.down_blocks[0].resnets[0],
+        transformer.blocks[0].attn1,
+        unet.down_blocks[0].resnets[1],
+    ):
         module.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
     unet(x, t, context)
     assert rows == [2, 2, 6]
@@ -263,7 +267,7 @@ def test_contexts_must_be_a_multiple() -> None:
 def test_guided_denoiser_shares_what_it_can(channels: int) -> None:
     """Through Denoiser and guidance, with an inpainting model's channels too."""
     config = UNetConfig(**SMALL, in_channels=4 + channels)
-    unet, x, t, context = several(config, 2)
+    unet, x, _, context = several(config, 2)
     batches = []
     unet.conv_in.register_forward_hook(lambda _, inputs, output: batches.append(len(output)))
     extra = {"channels": torch.randn(2, 5, 8, 12)} if channels else {}

@@ -25,8 +25,10 @@ def pixels(path: Path) -> np.ndarray:
 def write(folder: Path, model: Path, **config: Any) -> Path:
     """A sweep of two steps on the CPU."""
     options = {"model": str(model), "device": "cpu", "steps": 2, **config.pop("options", {})}
+    options = {name: value for name, value in options.items() if name not in config.get("axes", {})}
     path = folder / "sweep é.yaml"
-    path.write_text(yaml.safe_dump({"options": options, **config}, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump({"options": options, **config}, allow_unicode=True, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -81,13 +83,10 @@ def test_two_axes(
         assert p == read_parameters(tmp_path / str(i) / "00000.png")
     assert len({each.tobytes() for each in made}) == 4
     # The first axis runs along the columns; each picture stands whole on the sheet
-    right, bottom = sheet.shape[1] - GAP, sheet.shape[0] - GAP
-    width = (right - SIDE) - (right - SIDE) % 1
-    lower = sheet[bottom - SIDE : bottom]
-    found = [i for i in range(4) if any(
-        np.array_equal(lower[:, left : left + SIDE], made[i]) for left in range(width + 1)
-    )]  # fmt: skip
-    assert found == [1, 3]
+    rows_of_sheet = sheet[: -GAP - SIDE], sheet[-GAP - SIDE :]
+    assert [[holds(part, each) for each in made] for part in rows_of_sheet] == [
+        [True, False, True, False], [False, True, False, True]
+    ]  # fmt: skip
     assert np.array_equal(read_parameters(out / "grid-0000.png")["sweep"]["axes"], axes)
     assert main(["again", str(out / "00001.png"), "--out", str(tmp_path / "again")]) == 0
     assert np.array_equal(pixels(tmp_path / "again" / "00000.png"), made[1])
@@ -112,14 +111,9 @@ def test_three_axes_and_several_prompts(model: Path, tmp_path: Path) -> None:
         ("1", "0"), ("1", "0.5"), ("2", "0"), ("2", "0.5")
     ]  # fmt: skip
     assert [len(row["files"].split()) for row in rows] == [2] * 4
-    sheets = [pixels(out / row_of) for row_of in ("grid-0001.png", "grid-0003.png", "grid-0005.png")
-              if (out / row_of).exists()]  # fmt: skip
     pages = sorted(out.glob("grid-*.png"))
-    told = [path for path in pages if "sweep" in read_parameters(path)]
-    assert len(told) == 2  # a value of the third axis each; the others are the cells' own
-    assert len(pages) == 2 + len(rows)
-    assert sheets
-    for page, path in enumerate(told):
+    assert len(pages) == 2  # a value of the third axis each
+    for page, path in enumerate(pages):
         sheet = pixels(path)
         for column in range(2):
             files = rows[2 * column + page]["files"].split()
@@ -163,7 +157,7 @@ def test_each_model_is_loaded_once(model: Path, tmp_path: Path, loads: list[str]
     other.symlink_to(model)
     axes = {"seed": [0, 1], "model": [str(model), str(other)]}
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({"options": {"device": "cpu", "steps": 1}, "axes": axes}))
+    path.write_text(yaml.safe_dump({"options": {"device": "cpu", "steps": 1}, "axes": axes}, sort_keys=False))
     rows = run(path, tmp_path / "out")
     assert loads == [str(model), str(other)]
     assert [(row["seed"], row["model"]) for row in rows] == [

@@ -1,0 +1,171 @@
+"""What each speed option gains and costs: guided trajectories beside diffusers' UNet, all in turns.
+
+    python -m benchmarks.options                 the shipped model, 4 pictures
+    python -m benchmarks.options --size sd15     Stable Diffusion 1.5's sizes, random weights, 1 picture
+
+Every side samples the same pictures from the same noise with guided DDIM steps; decoding is left out. `times
+as fast` is against diffusers' eager UNet. `error` is |x - x_exact| / |x_exact| of the final latents against
+ours without options in float32, which for diffusers' is the difference between the two. Before the timed
+rounds every side runs two steps, in which what compiles does. With random weights the error of an
+approximation tells little of pictures: read it for the shipped model.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import Row, alternate, execute, machine, make_parser, randomise, ratio, report
+from benchmarks.sampling import PROMPT, random_model
+from ldm.diffusion.schedule import DiffusionConfig
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.clip import TextConfig, TextEncoder
+from ldm.models.unet import UNet, UNetConfig
+from sample.pipeline import Pipeline
+from sample.settings import Guidance
+from sample.speed import OPTIONS, speed_up
+
+EXACT = "none"
+# Settings of `speed.py`'s options; "interval" and "bfloat16" are of the sampling and of the model
+SIDES: dict[str, dict[str, Any]] = {
+    EXACT: {},
+    "--fast-conv 1": {"fast_conv": 1.0},
+    "--fast-conv 9": {"fast_conv": 9.0},
+    "--compile": {"compile": True},
+    "--compile --fast-conv 9": {"compile": True, "fast_conv": 9.0},
+    "--deep-cache 3": {"deep_cache": "3"},
+    "--deep-cache 3:1": {"deep_cache": "3:1"},
+    "--token-merging 0.5": {"token_merging": 0.5},
+    "--guidance-interval 0.3:5": {"interval": (0.3, 5.0)},
+    "--dtype bfloat16": {"dtype": torch.bfloat16},
+    "--fast-conv 9 --deep-cache 3:1": {"fast_conv": 9.0, "deep_cache": "3:1"},
+}
+
+
+def measure(args: argparse.Namespace) -> None:
+    """All sides in turns, one row each."""
+    unknown = set(args.only) - set(SIDES)
+    if unknown:
+        raise ValueError(f"--only knows {', '.join(map(repr, SIDES))}, got {min(unknown)!r}")
+    if args.quick:
+        args.size, args.steps = "tiny", 3
+        args.only = args.only or [EXACT, "--fast-conv 1", "--deep-cache 3", "--dtype bfloat16"]
+    described = machine(args.quick)  # before the load is our own
+    pipe, pictures = model(args.size)
+    steps = args.steps or {"emoji": 25, "sd15": 6, "tiny": 3}[args.size]
+    names = [name for name in SIDES if name in args.only or not args.only or name == EXACT]
+    noise = pipe.noise(pipe.latent_shape(), *[(args.seed, "image", i) for i in range(pictures)])
+    sides: dict[str, Callable[[int], Tensor]] = {
+        "diffusers": diffusers(pipe, noise, args.guidance, args.compiled),
+        **{name: ours(pipe, pictures, SIDES[name], args) for name in names},
+    }
+    for name, call in sides.items():
+        print(f"warming up {name}", file=sys.stderr)
+        call(2)
+    timed = {name: (lambda call=call: call(steps)) for name, call in sides.items()}
+    timings = alternate(timed, args.rounds, 0)
+    exact = timings[EXACT].result
+    rows: list[Row] = [
+        {
+            "what": name,
+            "size": args.size,
+            "pictures": pictures,
+            "steps": steps,
+            "seconds_per_step": timing.median / steps,
+            "times_as_fast": ratio(timings["diffusers"], timing),
+            "error": float((timing.result - exact).norm() / exact.norm()),
+            "rounds": timing.seconds,
+            "cpu_rounds": timing.cpu,
+        }
+        for name, timing in timings.items()
+    ]
+    columns: dict[str, Callable[[Row], str]] = {
+        f"{args.size}, {pictures} guided": lambda row: row["what"],
+        "seconds a step": lambda row: f"{row['seconds_per_step']:.3g}",
+        "times as fast": lambda row: f"{row['times_as_fast']:.2f}",
+        "error": lambda row: f"{row['error']:.1e}",
+    }
+    compiled = "-compiled" if args.compiled else ""
+    report(f"options-{args.size}{compiled}", args, described, rows, columns)
+
+
+def model(size: str) -> tuple[Pipeline, int]:
+    """The model and how many pictures are made at once."""
+    if size == "emoji":
+        return Pipeline.load("emoji", "cpu"), 4
+    if size == "tiny":
+        return random_model("tiny"), 2
+    torch.manual_seed(0)
+    unet, autoencoder = randomise(UNet(UNetConfig())), AutoencoderKL(AutoencoderConfig())
+    parts = [part.eval().requires_grad_(False) for part in (unet, autoencoder, TextEncoder(TextConfig()))]
+    return Pipeline(*parts, DiffusionConfig(), device="cpu"), 1
+
+
+def ours(
+    pipe: Pipeline, pictures: int, settings: dict[str, Any], args: argparse.Namespace
+) -> Callable[[int], Tensor]:
+    """Our sampling with these settings; weights are shared with the other sides, but for another format."""
+    chosen = deepcopy(pipe) if "dtype" in settings else Pipeline.__new__(Pipeline)
+    if "dtype" not in settings:
+        chosen.__dict__.update(pipe.__dict__)
+    else:
+        for module in (chosen.unet, chosen.text_encoder):
+            module.to(settings["dtype"])
+    defaults = {"fast_conv": 0.0, "compile": False, "deep_cache": None, "token_merging": 0.0}
+    options = {name: settings.get(name, defaults[name]) for name in OPTIONS}
+    side = chosen.latent_shape()[1] * chosen.autoencoder.factor
+    speed_up(chosen, argparse.Namespace(**options, batch=pictures, n=pictures), (side, side))
+    guidance = Guidance(args.guidance, interval=settings.get("interval"))
+
+    def call(steps: int) -> Tensor:
+        *_, last = chosen.stream([PROMPT] * pictures, seed=args.seed, steps=steps, guidance=guidance)
+        return last.sample.float()
+
+    return call
+
+
+def diffusers(pipe: Pipeline, noise: Tensor, guidance: float, compiled: bool) -> Callable[[int], Tensor]:
+    """The loop of diffusers' pipeline over its UNet, whole-model compiled if wanted."""
+    from benchmarks import theirs
+
+    unet, scheduler = theirs.unet(pipe.unet, share=True), theirs.scheduler(pipe.schedule.config)
+    network = torch.compile(unet) if compiled else unet
+
+    @torch.no_grad()
+    def call(steps: int) -> Tensor:
+        context = torch.cat([pipe.encode_prompts([text] * len(noise)) for text in ("", PROMPT)])
+        scheduler.set_timesteps(steps)
+        latents = noise
+        for t in scheduler.timesteps:
+            uncond, cond = theirs.predict(network, torch.cat([latents] * 2), t, context).chunk(2)
+            prediction = uncond + guidance * (cond - uncond)
+            latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+        return latents
+
+    return call
+
+
+def options() -> argparse.ArgumentParser:
+    parser = make_parser("options", "What each speed option gains and costs, beside diffusers.", rounds=2)
+    parser.add_argument(
+        "--size", default="emoji", choices=["emoji", "sd15"], help="which model (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, help="guided DDIM steps (emoji 25, sd15 6)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (%(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of the pictures (%(default)s)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of the options")
+    parser.add_argument("--compiled", action="store_true", help="diffusers' UNet compiled as a whole")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this benchmark; returns the exit status."""
+    return execute(options(), measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
