@@ -80,9 +80,9 @@ class WinogradConv2d(nn.Module):
         weight = conv.weight.detach()
         twice = torch.kron(g, g).to(weight.device)  # (36, 9)
         kernel = weight.new_empty(PRODUCTS, conv.in_channels, conv.out_channels)
-        for some in range(0, conv.out_channels, 64):  # all of it in float64 would be large
-            taps = rearrange(weight[some : some + 64].double(), "o i kh kw -> (kh kw) (i o)")
-            kernel[:, :, some : some + 64] = rearrange(twice @ taps, "n (i o) -> n i o", i=conv.in_channels)
+        taps = weight.flatten(1).t().contiguous().unflatten(0, (conv.in_channels, -1))  # (C, 9, C2)
+        for some in range(0, conv.in_channels, 32):  # all of it in float64 would be large
+            kernel[:, some : some + 32] = (twice @ taps[some : some + 32].double()).transpose(0, 1)
         self.register_buffer("weight", kernel, persistent=False)
         self.register_buffer("to_tile", torch.kron(b, b).to(weight), persistent=False)
         self.register_buffer("from_tile", torch.kron(a, a).to(weight), persistent=False)
