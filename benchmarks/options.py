@@ -19,12 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, alternate, execute, machine, make_parser, randomise, ratio, report
-from benchmarks.sampling import PROMPT, random_model
-from ldm.diffusion.schedule import DiffusionConfig
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.clip import TextConfig, TextEncoder
-from ldm.models.unet import UNet, UNetConfig
+from benchmarks.common import Row, alternate, execute, machine, make_parser, ratio, report
+from benchmarks.sampling import PROMPT, random_model, sd15_model
 from sample.pipeline import Pipeline
 from sample.settings import Guidance
 from sample.speed import OPTIONS, speed_up
@@ -99,10 +95,7 @@ def model(size: str) -> tuple[Pipeline, int]:
         return Pipeline.load("emoji", "cpu"), 4
     if size == "tiny":
         return random_model("tiny"), 2
-    torch.manual_seed(0)
-    unet, autoencoder = randomise(UNet(UNetConfig())), AutoencoderKL(AutoencoderConfig())
-    parts = [part.eval().requires_grad_(False) for part in (unet, autoencoder, TextEncoder(TextConfig()))]
-    return Pipeline(*parts, DiffusionConfig(), device="cpu"), 1
+    return sd15_model(), 1
 
 
 def ours(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoder
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ldm.diffusion.schedule import DiffusionConfig
@@ -36,7 +36,7 @@ def predict(unet: Any, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
 
 
 def unet(ours: UNet, share: bool = False) -> Any:
-    """`ours` as UNet2DConditionModel, in the same mode; share: on the same tensors, else with its own copy."""
+    """`ours` as UNet2DConditionModel, in the same mode, on a copy of the weights unless they are shared."""
     with torch.device("meta"):
         theirs = unet_of(ours.config)
     return equal(theirs, ours, share)
@@ -58,6 +58,9 @@ def equal(theirs: Any, ours: UNet | AutoencoderKL, share: bool = False) -> Any:
     return theirs.train(ours.training)
 
 
-def scheduler(config: DiffusionConfig) -> DDIMScheduler:
-    """DDIM on the timesteps and with the last step of the original: our sampler "ddim" by other hands."""
-    return DDIMScheduler.from_config(scheduler_json(config))
+def scheduler(config: DiffusionConfig, sampler: str = "ddim") -> Any:
+    """DDIM on the timesteps and with the last step of the original, our sampler "ddim" by other hands; or
+    DPM++ 2M ("dpmpp_2m")."""
+    if sampler == "ddim":
+        return DDIMScheduler.from_config(scheduler_json(config))
+    return DPMSolverMultistepScheduler.from_config({**scheduler_json(config), "timestep_spacing": "linspace"})

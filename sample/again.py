@@ -64,6 +64,8 @@ def check(recorded: Mapping[str, Any], paths: list[str]) -> tuple[list[str], int
         raise ValueError("prompts and paths must be text")
     if not all(type(number) is int for number in numbers):
         raise ValueError("picture numbers must be whole numbers")
+    if isinstance(recorded.get("negative"), list):
+        raise ValueError("negative prompts of this grid's pictures differ: make them again one by one")
     reading = recorded.get("reading", {})
     if not isinstance(reading, dict) or not set(reading) <= set(READING):
         raise ValueError(f"'reading' knows only {', '.join(READING)}")

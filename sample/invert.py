@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     """Print the errors and where the pictures are. Raises ValueError and OSError in one line."""
     if args.iterations < 1:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
+    if args.edit is None and args.guidance != 1:
+        raise ValueError("--guidance is for the way back to another prompt: give it with --edit")
     out, picture = output_folder(args.out), read_rgb(Path(args.init))
     pipe = load_pipeline(args)
     if reads(pipe) is not None:

@@ -42,7 +42,8 @@ def common_parameters(args: argparse.Namespace, pipe: Parts, size: tuple[int, in
     reading = {
         name: getattr(args, name) for name in READING if getattr(args, name) != parser.get_default(name)
     }
-    files = {name: source(getattr(args, name), name) for name in POSITIONAL if hasattr(args, name)}
+    given = [name for name in (*POSITIONAL, "depth") if getattr(args, name, None) is not None]
+    files = {name: source(getattr(args, name), name) for name in given}
     return {
         **{name: getattr(args, name) for name in ALWAYS if hasattr(args, name)},
         **used,
@@ -72,7 +73,9 @@ def versions() -> dict[str, str]:
 
 def tell_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say on stderr why a picture made again may not be the same, where nobody asked for the difference."""
-    told = ["versions", "init_hash", "mask_hash"] + ["weights"] * (recorded.get("model") == now["model"])
+    told = ["versions", "init_hash", "mask_hash", "depth_hash"] + ["weights"] * (
+        recorded.get("model") == now["model"]
+    )
     for name in told:
         was, now_is = recorded.get(name), now.get(name)
         if was is not None and was != now_is:

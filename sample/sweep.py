@@ -17,6 +17,7 @@ import csv
 import importlib
 import io
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,25 +86,30 @@ def run(args: argparse.Namespace) -> None:
         if loaded is None or loaded[0] != models[i]:
             loaded = None  # the old model's memory first
             loaded = (models[i], load_pipeline(parsed[i]))
-            for each in (parsed[j] for j in order if models[j] == models[i]):
-                make(sweep.command, each, loaded[1], dry=True)
+            same = [parsed[j] for j in order if models[j] == models[i]]
+            warnings = [line for each in same for line in make(sweep.command, each, loaded[1], dry=True)[1]]
+            for line in dict.fromkeys(warnings):
+                print(line, file=sys.stderr)
         begun = time.perf_counter()
-        files = make(sweep.command, parsed[i], loaded[1])
+        files, _ = make(sweep.command, parsed[i], loaded[1])
         seconds = time.perf_counter() - begun
         names_made = " ".join(file.name for file in files)
         rows[i] = {**cells[i], "seconds": f"{seconds:.2f}", "files": names_made}
         pictures[i] = [opened(file) for file in files]
-    in_order = range(len(cells))
-    print(write_table(out / "sweep.csv", [rows[i] for i in in_order]))
-    for path in write_grids(sweep, [pictures[i] for i in in_order], out):
+        table = write_table(out / "sweep.csv", [rows[j] for j in sorted(rows)])  # CTRL-C keeps what is done
+    print(table)
+    for path in write_grids(sweep, [pictures[i] for i in range(len(cells))], out):
         print(path)
 
 
-def make(command: str, args: argparse.Namespace, pipe: Pipeline, dry: bool = False) -> list[Path]:
-    """Run a cell's command without a word. dry: only what it checks before it samples."""
+def make(
+    command: str, args: argparse.Namespace, pipe: Pipeline, dry: bool = False
+) -> tuple[list[Path], list[str]]:
+    """Run a cell's command without a word: its files, its warnings. dry: only check, before it samples."""
     run = importlib.import_module(f"sample.{command}").run
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return run(args, Repeated({}, dry=dry, grid=False), pipe=pipe)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+        files = run(args, Repeated({}, dry=dry, grid=False), pipe=pipe)
+    return files, told.getvalue().splitlines()
 
 
 def opened(path: Path) -> Image.Image:
@@ -133,7 +139,8 @@ def arguments(sweep: Sweep, cell: dict[str, Any], out: Path) -> argparse.Namespa
     places = [name for name in POSITIONAL if name in known]
     if len(sweep.files) != len(places):
         raise ValueError(
-            f"{sweep.command} takes {len(places)} files ({', '.join(places) or 'none'}), got {len(sweep.files)}"
+            f"{sweep.command} takes {len(places)} files ({', '.join(places) or 'none'}), "
+            f"got {len(sweep.files)}"
         )
     line = []
     for name, value in chosen.items():

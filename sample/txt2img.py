@@ -99,7 +99,7 @@ def run(
                     latents = latents if start.latents is None else start.latents  # the result of no step
                     for step in pipe.stream(prompts, first=numbers[0], start=start, **how):
                         latents = step.sample
-                        if look.see(step) and step.index == part[0] == 0:  # told once, when it is there
+                        if look.see(step) and look.done == 1 and part[0] == 0:  # told once, when it is there
                             bar.write(str(job.out / PREVIEW))
                         bar.update()
             images = job.given.finish(pipe.decode(latents, tile=args.tile))
@@ -165,7 +165,10 @@ class Job:
         prompts, n = [prompt for prompt, _ in self.asked], self.args.n
         if self.args.wildcards is None:  # else each picture has a prompt of its own
             prompts = prompts[::n]
-        text = {"command": self.args.command, "prompts": prompts, "negative": self.args.negative}
+        negatives = [negative for _, negative in self.asked]
+        text: dict[str, Any] = {"command": self.args.command, "prompts": prompts, "negative": negatives[0]}
+        if len(set(negatives)) > 1:  # a study's or wildcards', beyond what one command line says
+            text["negative"] = negatives
         text |= {"n": len(self.asked) // len(prompts), "batch": self.args.batch, "first": self.args.first}
         columns = n if len(self.asked) > n else None
         print(save_new(grid(self.pictures, columns), self.out, "grid-", 4, {**text, **self.common}))
@@ -226,17 +229,28 @@ def passes_of(args: argparse.Namespace, pipe: Pipeline, given: Given, sampling: 
     if reads(pipe) is not None:
         raise ValueError("--hires needs a model that reads a prompt alone")
     pipe.latent_shape(args.hires)
-    return [*passes, (partial(second_start, args, pipe), cut(sampling.steps, args.hires_strength)[1])]
+    return [
+        *passes,
+        (partial(second_start, args, pipe, sampling), cut(sampling.steps, args.hires_strength)[1]),
+    ]
 
 
-def second_start(args: argparse.Namespace, pipe: Pipeline, numbers: Sequence[int], latents: Tensor) -> Start:
+def second_start(
+    args: argparse.Namespace, pipe: Pipeline, sampling: Sampling, numbers: Sequence[int], latents: Tensor
+) -> Start:
     """The result of the first pass at the size of the second."""
     _, h, w = pipe.latent_shape(args.hires)
     if args.hires_mode != "pixels":
         return Start(upscale_latents(latents, (h, w), args.hires_mode), args.hires_strength)
     small = pipe.decode(latents, tile=args.tile)
     images = torch.stack([to_tensor(picture.resize(args.hires, LANCZOS)) for picture in to_pil(small)])
-    return pipe.start(images, numbers, strength=args.hires_strength, seed=args.seed)
+    return pipe.start(
+        images,
+        numbers,
+        strength=args.hires_strength,
+        seed=sampling.seed,
+        variation=sampling.variation,
+    )
 
 
 def warn(pipe: Pipeline, asked: Sequence[tuple[str, str]], sampling: Sampling) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 AutoencoderTiny = pytest.importorskip("diffusers").AutoencoderTiny
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benchmarks` is
 
-from benchmarks import autoencoder, common, convolutions, loading, sampling, unet  # noqa: E402
+from benchmarks import autoencoder, common, convolutions, loading, options, sampling, unet  # noqa: E402
 from ldm.weights.tiny import load_tiny_autoencoder  # noqa: E402
 
 MACHINE = {"cpu", "cores", "threads", "memory_gib", "load", "matmul_gflops", "python", "torch", "diffusers"}
@@ -79,6 +79,17 @@ def test_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for side in ("ours", "diffusers"):
         assert 0 < warm[f"{side}_outside"] < 1
         assert all(warm[f"{side}_{part}_seconds"] > 0 for part in sampling.NETWORKS)
+
+
+def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["what"]: row for row in quick(options, tmp_path, capsys)}
+    assert list(rows) == ["diffusers", "none", "--fast-conv 1", "--deep-cache 3", "--dtype bfloat16"]
+    assert rows["none"]["error"] == 0
+    assert rows["diffusers"]["error"] < 1e-4  # the same, by other hands
+    assert rows["--fast-conv 1"]["error"] < 1e-4
+    assert 1e-3 < rows["--dtype bfloat16"]["error"] < 0.2
+    assert rows["--deep-cache 3"]["error"] > 1e-3
+    assert options.main(["--quick", "--only", "fats", "--out", str(tmp_path / "x")]) == 2
 
 
 def test_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

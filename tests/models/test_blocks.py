@@ -9,7 +9,17 @@ from torch.testing import assert_close
 
 from ldm.models.attention import PIECE, Attention, FeedForward, SelfAttentionBlock, SpatialTransformer
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.blocks import Downsample, ResBlock, Upsample, add, repeat_rows, silu, timestep_embedding
+from ldm.models.blocks import (
+    LARGEST_KERNEL,
+    Downsample,
+    ResBlock,
+    Upsample,
+    add,
+    convolve,
+    repeat_rows,
+    silu,
+    timestep_embedding,
+)
 from ldm.models.unet import UNet, UNetConfig
 
 
@@ -213,3 +223,22 @@ def test_feed_forward_in_pieces() -> None:
     with torch.no_grad():
         assert_close(layer(x), whole, rtol=0, atol=1e-5)
     assert sizes == [PIECE, PIECE // 2 + 3]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_kernels_in_pieces(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits; with a gradient, on another device or of another module the plain call."""
+    layer, x = nn.Conv2d(8, 6, 3, padding=1, bias=bias), torch.randn(2, 8, 5, 4)
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    expected = layer(x)
+    monkeypatch.setattr("ldm.models.blocks.LARGEST_KERNEL", layer.weight.nbytes // 4)
+    with torch.no_grad():
+        assert_close(convolve(layer, x), expected, rtol=0, atol=1e-6)
+        assert len(calls) == 1
+        assert torch.equal(convolve(nn.Identity(), x), x)
+        layer.to("meta")(x.to("meta"))
+    assert len(calls) == 2
+    assert LARGEST_KERNEL < 2**25
+    with torch.enable_grad():
+        assert convolve(nn.Conv2d(8, 6, 3), x).requires_grad

@@ -61,9 +61,7 @@ def told(pattern: str, text: str) -> list[float]:
     return [float(number) for number in match.groups()]
 
 
-def test_the_numbers(
-    pipe: Pipeline, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_numbers(pipe: Pipeline, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run(out, file, "an apple", "--steps", 6, "--iterations", 2) == 0
     output = capsys.readouterr()
@@ -96,9 +94,9 @@ def test_more_steps_and_iterations_lose_less(
         assert run(tmp_path / "out", file, "an apple", *arguments) == 0
         return float(re.findall(r"lose ([0-9.]+) ", capsys.readouterr().out)[0])
 
-    few, more = lost("--steps", 5), lost("--steps", 40)
+    few, more = lost("--steps", 5), lost("--steps", 20)
     assert 0 < more < 0.7 * few
-    assert lost("--steps", 5, "--iterations", 6) < 0.7 * few
+    assert lost("--steps", 20, "--iterations", 6) < 0.5 * more
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["inverted-0000.png", "inverted-0001.png", "inverted-0002.png"]
 
@@ -124,7 +122,7 @@ def test_an_edit(pipe: Pipeline, file: Path, tmp_path: Path, capsys: pytest.Capt
     assert read_parameters(out / "inverted-0000.png")["edit"] == "a fish"
     assert run(tmp_path / "plain", file, "an apple", "--steps", 5) == 0
     plain = np.array(Image.open(tmp_path / "plain" / "inverted-0000.png")).astype(int)
-    assert np.abs(made - plain).mean() > 2
+    assert np.abs(made - plain).mean() > 1
 
 
 def test_the_size(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,10 +133,11 @@ def test_the_size(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--iterations", "0"], "--iterations must be at least 1, got 0"),
-    (["--schedule", "compvis"], "got"),
+    (["--schedule", "compvis"], "inversion needs levels that fall to 0 from a finite one, got"),
     (["--schedule", "karas"], "karras"),
     (["--steps", "0"], "steps must be between 1 and 1000, got 0"),
     (["--size", "30x32"], "the nearest is 32x32"),
+    (["--guidance", "3"], "--guidance is for the way back to another prompt: give it with --edit"),
     (["--edit", "b", "--guidance", "nan"], "guidance scale must be a finite number, got nan"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(

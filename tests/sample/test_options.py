@@ -77,6 +77,7 @@ def parsed(command: str, line: list[str]) -> argparse.Namespace:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the arguments name, since the hashes of the files are recorded."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "d é.png").write_bytes(b"depth")
     for name in POSITIONAL:
         Path(f"{name} é.png").write_bytes(name.encode())
 

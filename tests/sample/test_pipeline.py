@@ -22,7 +22,11 @@ PIXEL = 2 / 255  # one step of 8 bits, in [-1, 1]
 def evaluations(pipe: Pipeline, **options: Any) -> int:
     """How many samples go through the UNet for `txt2img(**options)`."""
     sizes: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+
+    def count(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sizes.append(max(len(inputs[0]), len(named.get("context", inputs[0]))))  # a context may share its x
+
+    handle = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
     try:
         pipe.txt2img(**options)
     finally:

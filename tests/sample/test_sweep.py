@@ -60,9 +60,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_two_axes(
-    model: Path, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_axes(model: Path, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     axes = {"guidance": [1, 4], "sampler": ["ddim", "euler_ancestral"]}
     config = write(tmp_path, model, prompts=["an apple"], options={"seed": 3}, axes=axes)
@@ -87,7 +85,7 @@ def test_two_axes(
     assert [[holds(part, each) for each in made] for part in rows_of_sheet] == [
         [True, False, True, False], [False, True, False, True]
     ]  # fmt: skip
-    assert np.array_equal(read_parameters(out / "grid-0000.png")["sweep"]["axes"], axes)
+    assert read_parameters(out / "grid-0000.png")["sweep"]["axes"] == axes
     assert main(["again", str(out / "00001.png"), "--out", str(tmp_path / "again")]) == 0
     assert np.array_equal(pixels(tmp_path / "again" / "00000.png"), made[1])
 
@@ -180,11 +178,48 @@ def test_other_forms_of_options(model: Path, tmp_path: Path) -> None:
     assert [(p["prompt"], p["sampler_option"]) for p in told] == [("a pear", ["order=2", "variant=bh1"])] * 2
 
 
+def test_warnings_are_told_once(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    axes = {"guidance": [1, 2], "seed": [0, 1]}
+    run(write(tmp_path, model, prompts=["a"], options={"negative": "b"}, axes=axes), tmp_path / "out")
+    assert capsys.readouterr().err == "ldm-sample: warning: --negative has no effect with --guidance 1\n"
+
+
+def test_forms_of_the_model(model: Path, tmp_path: Path) -> None:
+    """The network in the form each cell asks for, whatever the cell before asked for."""
+    out = tmp_path / "out"
+    axes = {"deep_cache": ["2", None], "token_merging": [0.5, 0]}
+    rows = run(write(tmp_path, model, prompts=["a"], axes=axes), out)
+    made = [pixels(out / row["files"]) for row in rows]
+    assert len({each.tobytes() for each in made}) == 4
+    for i, options in enumerate((["--deep-cache", "2", "--token-merging", "0.5"], ["--deep-cache", "2"])):
+        assert np.array_equal(made[i], by_hand(model, tmp_path / str(i), "txt2img", "a", *options))
+    assert np.array_equal(made[3], by_hand(model, tmp_path / "3", "txt2img", "a"))
+
+
+def test_what_is_done_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After CTRL-C: the pictures made, and the table of these."""
+    plain, made = sweep.make, []
+
+    def make(command: str, args: Any, pipe: Any, dry: bool = False) -> Any:
+        made.append(dry)
+        if made.count(False) == 3:
+            raise KeyboardInterrupt
+        return plain(command, args, pipe, dry)
+
+    monkeypatch.setattr(sweep, "make", make)
+    config = write(tmp_path, model, axes={"seed": [0, 1, 2, 3]})
+    assert main(["sweep", str(config), "--out", str(tmp_path / "out")]) == 130
+    assert made == [True] * 4 + [False] * 3  # all is checked first
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000.png", "00001.png", "sweep.csv"]
+    assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) == 3
+
+
 def test_labels() -> None:
     """Pictures of two sizes in three rows: labels above and to the left, on white, and no picture is touched."""
-    cells = [
-        [Image.effect_noise((40 - 8 * j, 24), 90).convert("RGB") for _ in range(2)] for j in range(3)
-    ]
+    cells = [[Image.effect_noise((40 - 8 * j, 24), 90).convert("RGB") for _ in range(2)] for j in range(3)]
     rows = ["steps 1", "steps 20", "steps 300"]
     sheet = np.array(labelled(cells, ["a long name of a column", "b"], rows, "seed 4"))
     blank = np.array(labelled(cells, ["", ""], ["", "", ""], ""))
@@ -231,7 +266,7 @@ AXES = {"guidance": [1, 2]}
     ({"axes": AXES, "files": ["a.png"]}, "txt2img takes 0 files (none), got 1"),
     ({"axes": {}}, "axes must be one to three options with their values, got 0"),
     ({}, "axes must be one to three options with their values, got 0"),
-    ({"axes": dict.fromkeys(("seed", "steps", "guidance", "eta"), [1])}, "one to three options"),
+    ({"axes": {name: [1] for name in ("seed", "steps", "guidance", "eta")}}, "one to three options"),
     ({"axes": {"guidance": []}}, "axes.guidance must be a list of values, got []"),
     ({"axes": {"guidance": 3}}, "axes.guidance must be a list of values, got 3"),
     ({"axes": {"guidance": [1, "much"]}}, "argument --guidance: invalid float value: 'much'"),
@@ -255,7 +290,9 @@ def test_mistakes_are_one_line_before_any_work(
     monkeypatch: pytest.MonkeyPatch, pipe: Any,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sweep, "load_pipeline", lambda args: pipe)
-    path = write(tmp_path, model, **{"prompts": ["a"] if "prompt" not in config.get("axes", {}) else [], **config})
+    path = write(
+        tmp_path, model, **{"prompts": ["a"] if "prompt" not in config.get("axes", {}) else [], **config}
+    )
     assert main(["sweep", str(path), "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert (told.out, told.err.count("\n")) == ("", 1)
