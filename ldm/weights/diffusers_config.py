@@ -273,7 +273,7 @@ def diffusion_config(data: Json, source: str) -> DiffusionConfig:
     """Of a scheduler's `scheduler_config.json`: only what concerns training, not its sampler."""
     if data.get("_class_name") == FLOW:
         if data.get("use_dynamic_shifting"):
-            raise ValueError(f"{source}: a shift by the picture's size (use_dynamic_shifting) is not supported")
+            raise ValueError(f"{source}: a shift by size (use_dynamic_shifting) has no counterpart here")
         steps, shift = data.get("num_train_timesteps", 1000), data.get("shift", 1.0)
         return DiffusionConfig(schedule="flow", prediction="flow", num_timesteps=steps, shift=shift)
     schedules = {theirs: ours for ours, theirs in SCHEDULES.items()}
@@ -295,8 +295,8 @@ def diffusion_config(data: Json, source: str) -> DiffusionConfig:
 
 
 def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
-    """DDIM with the original's timesteps, or with "trailing" ones for a model trained down to pure noise; Euler
-    for a flow."""
+    """DDIM with the original's timesteps, or with "trailing" ones for a model trained down to pure noise;
+    Euler for a flow."""
     if config.schedule == "flow":
         return {"_class_name": FLOW, "num_train_timesteps": config.num_timesteps, "shift": config.shift}
     pure = config.zero_terminal_snr

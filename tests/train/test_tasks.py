@@ -100,7 +100,7 @@ def test_diffusion_learns(runs):
 def test_a_rectified_flow_trains_and_samples(runs, shapes, tmp_path):
     """The other way to make noise of pictures, by two values of the same configuration."""
     flow = ["diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.shift=2.0"]
-    where = places(shapes, runs, "diffusion")[2:] + [f"data.path={shapes}", f"run.out={tmp_path / 'flow'}"]
+    where = [*places(shapes, runs, "diffusion")[2:], f"data.path={shapes}", f"run.out={tmp_path / 'flow'}"]
     steps = ["run.steps=30", "run.log_every=5"]
     assert train(["diffusion", "configs/train/tiny.yaml", *where, *flow, *steps]) == 0
     losses = [row["loss"] for row in log(tmp_path / "flow") if "loss" in row]
