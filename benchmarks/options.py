@@ -13,7 +13,7 @@ approximation tells little of pictures: read it for the shipped model.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import Row, alternate, execute, machine, make_parser, ratio, report
 from benchmarks.sampling import PROMPT, random_model, sd15_model
+from ldm.models.unet import UNet
 from sample.pipeline import Pipeline
 from sample.settings import Guidance
 from sample.speed import OPTIONS, speed_up
@@ -102,16 +103,11 @@ def ours(
     pipe: Pipeline, pictures: int, settings: dict[str, Any], args: argparse.Namespace
 ) -> Callable[[int], Tensor]:
     """Our sampling with these settings; weights are shared with the other sides, but for another format."""
-    chosen = deepcopy(pipe) if "dtype" in settings else Pipeline.__new__(Pipeline)
-    if "dtype" not in settings:
-        chosen.__dict__.update(pipe.__dict__)
+    if "dtype" in settings:
+        chosen = in_format(pipe, settings["dtype"])
     else:
-        for module in (chosen.unet, chosen.text_encoder):
-            module.to(settings["dtype"])
-    defaults = {"fast_conv": 0.0, "compile": False, "deep_cache": None, "token_merging": 0.0}
-    options = {name: settings.get(name, defaults[name]) for name in OPTIONS}
-    side = chosen.latent_shape()[1] * chosen.autoencoder.factor
-    speed_up(chosen, argparse.Namespace(**options, batch=pictures, n=pictures), (side, side))
+        chosen = fast(pipe, pictures, settings.get("fast_conv", 0.0))
+    formed(chosen, pictures, {**settings, "fast_conv": 0.0})
     guidance = Guidance(args.guidance, interval=settings.get("interval"))
 
     def call(steps: int) -> Tensor:
@@ -119,6 +115,38 @@ def ours(
         return last.sample.float()
 
     return call
+
+
+FAST: dict[float, UNet] = {}  # by gigabytes: a network of its own for each side would fill the memory
+
+
+def fast(pipe: Pipeline, pictures: int, gigabytes: float) -> Pipeline:
+    """A copy on the same parts, with the fast convolutions of so many gigabytes."""
+    chosen = copy(pipe)
+    if gigabytes:
+        if gigabytes not in FAST:
+            formed(chosen, pictures, {"fast_conv": gigabytes})
+            assert isinstance(chosen.network, UNet)
+            FAST[gigabytes] = chosen.network
+        chosen.unet = FAST[gigabytes]
+    return chosen
+
+
+def in_format(pipe: Pipeline, dtype: torch.dtype) -> Pipeline:
+    """A copy in another number format."""
+    chosen = deepcopy(pipe)
+    for module in (chosen.unet, chosen.text_encoder):
+        assert module is not None, "the models here read a text"
+        module.to(dtype)
+    return chosen
+
+
+def formed(pipe: Pipeline, pictures: int, settings: dict[str, Any]) -> None:
+    """Apply the options of `speed.py` among the settings."""
+    defaults = {"fast_conv": 0.0, "compile": False, "deep_cache": None, "token_merging": 0.0}
+    options = {name: settings.get(name, defaults[name]) for name in OPTIONS}
+    side = pipe.latent_shape()[1] * pipe.autoencoder.factor
+    speed_up(pipe, argparse.Namespace(**options, batch=pictures, n=pictures), (side, side))
 
 
 def diffusers(pipe: Pipeline, noise: Tensor, guidance: float, compiled: bool) -> Callable[[int], Tensor]:

@@ -41,7 +41,6 @@ def check(sampling: Sampling) -> None:
                 f"guidance rule plusplus (CFG++) needs sampler {' or '.join(WITHOUT_NOISE)} without eta, "
                 f"got {sampling.sampler}" + (f" with eta {eta}" if eta else "")
             )
-
     if sampling.guide.image is not None and sampling.guide != Guidance(
         sampling.guide.scale, image=sampling.guide.image, together=sampling.guide.together
     ):
@@ -60,9 +59,9 @@ def make_rule(guidance: Guidance, schedule: Schedule, sigmas: Float[Tensor, "lev
     return Rescaled(rule, guidance.rescale, schedule) if guidance.rescale else rule
 
 
-def needs_uncond(prompts: Weighted, rule: Rule | None) -> bool:
-    """Whether the unconditional prediction has a say in `rule`, or (None) in the prompts' together."""
-    averages = math.isclose(sum(weight for weight, _ in prompts), 1)
+def needs_uncond(weights: Sequence[float], rule: Rule | None) -> bool:
+    """Whether the unconditional prediction has a say: in `rule`, or (None) in prompts of these weights."""
+    averages = math.isclose(sum(weights), 1)
     return not averages or (rule is not None and rule.only != "cond")
 
 

@@ -132,6 +132,8 @@ def looking_of(args: argparse.Namespace, pipe: Parts, out: Path) -> Looking:
     if args.frames is not None and args.frames not in FRAMES:
         raise ValueError(f"--frames must be {' or '.join(FRAMES)}, got {args.frames!r}")
     if args.attention:
+        if args.compile:
+            raise ValueError("--attention looks inside blocks, which --compile makes one: drop one of them")
         if not weighs(pipe):
             raise ValueError("--attention needs a model with a CLIP text tower: this one has no words")
         args.batch = 1

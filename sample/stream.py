@@ -99,9 +99,9 @@ def denoiser(
         worse = evaluated(parts, perturbed(parts.unet, guidance.perturbed_layers))
 
     def told_to(model: Parts, words: Words, rows: Sequence[int], rule: Rule | None) -> Told:
-        each = [words.told(rows, step) for step in range(steps)]
+        weights = [words.weights(rows[0], step) for step in range(steps)]  # all rows of a group agree
         # With a picture's guidance the empty prompt counts whatever the scale
-        needed = guidance.image is not None or any(guiding.needs_uncond(prompts, rule) for prompts in each)
+        needed = guidance.image is not None or any(guiding.needs_uncond(each, rule) for each in weights)
         negative = [sampling.negative]
         uncond = read(model, negative, sampling.wording, steps, composed=False) if needed else None
         return Told(words, uncond, rows, {} if channels is None else {"channels": channels})

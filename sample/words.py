@@ -41,6 +41,10 @@ class Words:
             (part[0][0], {"context": torch.cat([self.contexts[text] for _, text in part])}) for part in parts
         ]
 
+    def weights(self, row: int, step: int) -> list[float]:
+        """Of the parts of a row's prompt."""
+        return [weight for weight, _ in self.said[row][step]] if self.contexts else [1.0]
+
     def groups(self) -> list[list[int]]:
         """Rows that can go together, each in the order of their first."""
         groups: dict[object, list[int]] = {}

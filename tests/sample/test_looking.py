@@ -179,6 +179,8 @@ def test_where_no_step_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     (["--frames", "avi"], "--frames must be gif or sheet, got 'avi'"),
     (["--attention"], "--attention needs a model with a CLIP text tower: this one has no words"),
+    (["--attention", "--compile"],
+     "--attention looks inside blocks, which --compile makes one: drop one of them"),
     (["--preview-every", "0"], "--preview-every must be at least 1 step, got 0"),
 ])  # fmt: skip
 def test_refused(
