@@ -3,16 +3,15 @@
 White is near, as in the inverse depth of MiDaS, the network that the depth model was trained with.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from sample.images import cover
+from sample.images import cover, decoded
 
 
 def read_depth(path: Path, size: tuple[int, int] | None = None) -> Float[Tensor, "1 H W"]:
@@ -21,20 +20,7 @@ def read_depth(path: Path, size: tuple[int, int] | None = None) -> Float[Tensor,
     size: (W, H) to scale and cut it to, as the picture it belongs to is. A coloured file is taken where its
     channels are equal. Raises ValueError, with the file's name and what is wrong with it.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                grey = _grey(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image") from None
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: unreadable depth picture ({reason:.140})") from None
+    grey = decoded(path, _grey, "depth picture")
     picture = Image.fromarray(grey)  # of mode "F": Pillow scales it without rounding
     scaled = picture if size is None else cover(picture, size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(scaled))[None]

@@ -7,9 +7,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from ldm.diffusion.names import GRID_NAMES, SAMPLER_NAMES, GridName, SamplerName
+
+T = TypeVar("T")
 
 # --- tensors and pictures -----------------------------------------------------------------------------------
 
@@ -196,6 +199,11 @@ def read_rgb(path: Path, square: int | None = None) -> Image.Image:
     square: cut to the centre square and resize it to this side (Lanczos). Raises ValueError, with the file's
     name and what is wrong with it.
     """
+    return decoded(path, to_rgb if square is None else partial(square_rgb, size=square))
+
+
+def decoded(path: Path, convert: Callable[[Image.Image], T], what: str = "image") -> T:
+    """What `convert` makes of the upright picture in a file. Raises ValueError as `read_rgb`."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -203,15 +211,14 @@ def read_rgb(path: Path, square: int | None = None) -> Image.Image:
             # Pillow only warns between one and two times its limit; nothing may be decoded above the limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
-                return to_rgb(upright) if square is None else square_rgb(upright, square)
+                return convert(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{path}: not an image") from None
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: unreadable image ({reason:.100})") from None
+        raise ValueError(f"{path}: unreadable {what} ({reason:.140})") from None
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:

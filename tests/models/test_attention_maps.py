@@ -1,10 +1,9 @@
 """Attention maps: probabilities, equal to diffusers', bit-equal outputs, which rows count, hooks that go again."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import randomised
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -14,6 +13,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.diffusers import to_diffusers
 from ldm.weights.diffusers_config import unet_json
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 CONFIG = UNetConfig(
     model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2, context_dim=12,
     attention_resolutions=(1, 2),
@@ -21,24 +21,10 @@ CONFIG = UNetConfig(
 T = 5
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """As in sampling, where the network works in place."""
-    with torch.no_grad():
-        yield
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def unet() -> UNet:
     torch.manual_seed(0)
-    return randomised(UNet(CONFIG))
+    return randomised(UNet(CONFIG), 2.0)
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,7 +175,7 @@ def test_a_second_pass_of_another_size_is_added(unet: UNet) -> None:
 
 
 def test_half_precision_is_added_up_in_float32() -> None:
-    model = randomised(UNet(CONFIG)).bfloat16()
+    model = randomised(UNet(CONFIG), 2.0).bfloat16()
     x, t, context = inputs()
     with record(model) as maps:
         model(x.bfloat16(), t, context.bfloat16())
@@ -201,7 +187,7 @@ def test_equals_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     from diffusers.models.attention_processor import AttnProcessor
 
-    ours = randomised(UNet(CONFIG))
+    ours = randomised(UNet(CONFIG), 2.0)
     theirs = diffusers.UNet2DConditionModel.from_config(unet_json(CONFIG)).eval()
     theirs.load_state_dict(to_diffusers(ours.state_dict(), CONFIG), strict=True)
     theirs.set_attn_processor(AttnProcessor())

@@ -1,35 +1,21 @@
 """DeepCache: bit-equal at every 1, the step between by hand, when it begins anew, prompts that are not mixed."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import randomised
+from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.models.deep_cache import DeepCache
 from ldm.models.unet import UNet, UNetConfig
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 SMALL = {"model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 2, "norm_groups": 8, "num_heads": 2}
 CONFIGS = {
     "transformer": UNetConfig(**SMALL, context_dim=12, attention_resolutions=(1, 2)),
     "pooled": UNetConfig(**SMALL, context_dim=12, attention_resolutions=(2,), pooled_context=True),
     "adm": UNetConfig(**SMALL, context_dim=None, attention="adm", num_classes=5, resblock_updown=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """As in sampling, where the network works in place."""
-    with torch.no_grad():
-        yield
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
 
 
 class Watched(UNet):

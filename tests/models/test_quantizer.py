@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.models import quantizer as module
-from ldm.models.quantizer import VectorQuantizer, perplexity
+from ldm.models.quantizer import CodeUsage, VectorQuantizer, perplexity, usage
 
 CODES = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
 
@@ -97,6 +97,68 @@ def test_perplexity() -> None:
     assert_close(float(perplexity(torch.full((2, 3, 3), 4), 7)), 1.0)
     assert_close(float(perplexity(torch.arange(8).view(2, 2, 2), 8)), 8.0, rtol=1e-6, atol=0)
     assert_close(float(perplexity(torch.tensor([[[0, 0], [5, 6]]]), 16)), 2**1.5, rtol=1e-6, atol=0)
+
+
+def test_usage() -> None:
+    assert float(usage(torch.full((2, 3, 3), 4), 8)) == 1 / 8
+    assert float(usage(torch.arange(8).view(2, 2, 2), 8)) == 1.0
+    assert float(usage(torch.tensor([[[0, 0], [5, 6]]]), 16)) == 3 / 16
+
+
+def test_idle_steps_are_counted() -> None:
+    """A step may come in parts: the first one begins it, and a use in any of them counts."""
+    codes = CodeUsage(4, revive_after=2)
+    assert codes.dead() == 0
+    codes.count(torch.tensor([[[0, 0]]]))
+    assert codes.idle.tolist() == [0, 1, 1, 1]
+    codes.count(torch.tensor([[[1, 0]]]), part=0)
+    codes.count(torch.tensor([[[2, 0]]]), part=1)
+    assert codes.idle.tolist() == [0, 0, 0, 2]
+    assert codes.dead() == 1
+    assert codes.state_dict().keys() == {"idle"}  # so it is in a run's state
+
+
+def test_dead_codes_become_latents() -> None:
+    quantizer, codes = random(6, 2), CodeUsage(6, revive_after=3)
+    before = quantizer.embedding.weight.detach().clone()
+    codes.idle.copy_(torch.tensor([0, 3, 2, 7, 1, 4]))
+    z = torch.randn(2, 2, 3, 5)
+    rng = torch.Generator().manual_seed(1)
+    assert codes.revive(quantizer.embedding.weight, z, rng) == 3
+    after = quantizer.embedding.weight.detach()
+    assert_close(after[[0, 2, 4]], before[[0, 2, 4]], rtol=0, atol=0)
+    assert codes.idle.tolist() == [0, 0, 2, 0, 1, 0]
+    places = {tuple(row) for row in z.permute(0, 2, 3, 1).reshape(-1, 2).tolist()}
+    chosen = [tuple(row) for row in after[[1, 3, 5]].tolist()]
+    assert set(chosen) <= places and len(set(chosen)) == 3
+    assert quantizer.embedding.weight.requires_grad and quantizer.embedding.weight.grad is None
+    assert codes.revive(quantizer.embedding.weight, z, rng) == 0  # none is dead any more
+
+
+def test_revival_is_a_function_of_the_generator() -> None:
+    z, results = torch.randn(1, 2, 8, 8), []
+    for seed in (3, 3, 4):
+        codes, table = CodeUsage(5, revive_after=1), torch.zeros(5, 2)
+        codes.idle.fill_(1)
+        codes.revive(table, z, torch.Generator().manual_seed(seed))
+        results.append(table)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_more_dead_codes_than_places() -> None:
+    """Those dead for longest come first, so that every code has its turn."""
+    codes, table, z = CodeUsage(4, revive_after=1), torch.zeros(4, 2), torch.ones(1, 2, 1, 2)
+    codes.idle.copy_(torch.tensor([1, 5, 2, 5]))
+    assert codes.revive(table, z, torch.Generator()) == 2
+    assert table[:, 0].tolist() == [0, 1, 0, 1]
+    assert codes.idle.tolist() == [1, 0, 2, 0]
+
+
+def test_broken_latents_replace_nothing() -> None:
+    codes, table = CodeUsage(2, revive_after=1), torch.zeros(2, 2)
+    codes.idle.fill_(9)
+    assert codes.revive(table, torch.tensor([[[[1.0]], [[math.nan]]]]), torch.Generator()) == 0
+    assert not table.any() and codes.dead() == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -1,10 +1,9 @@
 """Token merging: exact where tokens repeat, the merges one by one, bit-equal at ratio 0, error with the ratio."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import randomised
+from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.models.attention import Attention
@@ -13,24 +12,11 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.models.variants import perturbed
 from sample.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 CONFIG = UNetConfig(
     model_channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8, num_heads=2, context_dim=12,
     attention_resolutions=(1, 2),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """As in sampling, where the network works in place."""
-    with torch.no_grad():
-        yield
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import randomised
+from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.diffusion.denoiser import Denoiser
@@ -13,14 +14,6 @@ from ldm.models.unet import UNet, UNetConfig
 
 SMALL = {"model_channels": 16, "channel_mult": (1, 2, 2), "norm_groups": 8, "num_heads": 2, "context_dim": 12}
 CONFIG = UNetConfig(**SMALL)
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Also the layers that start at zero get values, so that everything counts."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """Variants that share weights: no memory, the base untouched, the identity as attention map, names of layers."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import randomised
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -21,6 +20,7 @@ from ldm.models.variants import (
     sharing,
 )
 
+pytestmark = pytest.mark.usefixtures("no_grad")
 SMALL = {
     "model_channels": 16,
     "channel_mult": (1, 2, 2),
@@ -32,20 +32,6 @@ CONFIG = UNetConfig(**SMALL, attention_resolutions=(1, 2), context_dim=12)
 ADM = UNetConfig(
     **SMALL, attention_resolutions=(2,), context_dim=None, attention="adm", qkv_order="qkv_first"
 )
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    """As in sampling, where the network works in place."""
-    with torch.no_grad():
-        yield
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=[CONFIG, ADM], ids=["transformer", "adm"])
