@@ -98,7 +98,7 @@ def size(argument: str) -> tuple[int, int]:
 def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
     """What a checkpoint may leave open."""
     parser.add_argument("--kind", metavar="NAME", help="kind of a single file, if it is not recognised")
-    parser.add_argument("--prediction", help="eps, v or x0, where the checkpoint does not tell")
+    parser.add_argument("--prediction", help="eps, v, x0, edm or flow, where the checkpoint does not tell")
     parser.add_argument(
         "--weights", default="auto", help="ema or raw, where a file holds both (as the original: %(default)s)"
     )

@@ -385,6 +385,12 @@ def add_invert(command: argparse.ArgumentParser) -> None:
 
 def add_reconstruct(command: argparse.ArgumentParser) -> None:
     command.add_argument("images", nargs="+", metavar="IMAGE", help="pictures of any size")
+    command.add_argument(
+        "--lpips",
+        metavar="FILE",
+        help="tell the perceptual distance too, by this trained LPIPS network (or a folder with "
+        "lpips_vgg16.safetensors)",
+    )
     command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
     add_model_options(command)
 

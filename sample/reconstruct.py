@@ -1,8 +1,9 @@
 """`ldm-sample reconstruct IMAGE...`: what the first stage alone keeps of a picture.
 
 Encode (the posterior's mode), decode, compare: one PNG a picture with the original on the left and the
-reconstruction on the right, and the PSNR. Only the autoencoder is loaded, so the folder of an autoencoder's
-training run will do.
+reconstruction on the right, and PSNR, SSIM and, given the network, LPIPS; at the end their means, and mean
+and deviation of each channel of the latents as a diffusion model meets them (scaled). Only the autoencoder is
+loaded, so the folder of an autoencoder's training run will do.
 """
 
 import argparse
@@ -10,19 +11,28 @@ import sys
 from pathlib import Path
 
 import torch
+from einops import rearrange
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from ldm.device import pick_device, pick_dtype
-from ldm.metrics import psnr
+from ldm.losses.perceptual import LPIPS, SMALLEST_IMAGE, load_lpips
+from ldm.metrics import WINDOW, psnr, ssim
 from ldm.models.autoencoder import Autoencoder
+from ldm.weights.io import read_metadata
 from ldm.weights.reading import open_checkpoint
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.model import find_model
 
+LPIPS_FILE = "lpips_vgg16.safetensors"  # in a folder given instead of the file
+
 
 def run(args: argparse.Namespace) -> None:
-    """Reconstruct each picture, write the pairs, print the PSNR of each and their mean."""
+    """Reconstruct each picture, write the pairs, print how near each is, the means, and the latents'
+    statistics."""
     out = output_folder(args.out)
+    lpips, trunk = open_lpips(args.lpips) if args.lpips else (None, "")
     originals = [read_rgb(Path(name)) for name in args.images]
     checkpoint = open_checkpoint(find_model(args.model), kind=args.kind)
     autoencoder = checkpoint.require("autoencoder").load(pick_dtype(args.dtype), args.allow_nan)
@@ -30,14 +40,62 @@ def run(args: argparse.Namespace) -> None:
     originals = [
         crop(picture, autoencoder.factor, name) for picture, name in zip(originals, args.images, strict=True)
     ]
-    values = []
+    rows, latents = [], []
     for name, original in zip(args.images, originals, strict=True):
-        reconstruction, value = reconstruct(autoencoder, original)
-        parameters = {"command": "reconstruct", "image": name, "model": args.model, "psnr": value}
+        decoded, z = reconstruct(autoencoder, original)
+        reconstruction = to_pil(decoded)[0]
+        row = compare(to_tensor(original)[None], decoded, lpips)
+        parameters = {"command": "reconstruct", "image": name, "model": args.model, **row}
         path = save_new(grid([original, reconstruction], columns=2), out, "reconstruct-", 4, parameters)
-        values.append(value)
-        print(f"{value:6.2f} dB  {name} -> {path}")
-    print(f"{sum(values) / len(values):6.2f} dB  mean PSNR of {len(values)}")
+        rows.append(row)
+        latents.append(rearrange(z, "1 c h w -> c (h w)"))
+        print(f"{row['psnr']:6.2f} dB  {'  '.join([*told(row), name])} -> {path}")
+    means = {key: mean(rows, key) for key in ("psnr", "ssim", "lpips") if any(key in row for row in rows)}
+    last = [f"mean PSNR of {len(rows)}", *told(means), f"latents {statistics(torch.cat(latents, dim=1))}"]
+    print(f"{means['psnr']:6.2f} dB  {'  '.join(last)}{f'  (LPIPS on {trunk})' if trunk else ''}")
+
+
+def open_lpips(name: str) -> tuple[LPIPS, str]:
+    """The network in the file `name`, or in a file of the usual name in this folder, and what its trunk was
+    trained on. Raises FileNotFoundError or ValueError for a damaged or foreign file."""
+    path = Path(name).expanduser()
+    path = path / LPIPS_FILE if path.is_dir() else path
+    network = load_lpips(path)
+    header = read_metadata(path).get("lpips")
+    return network, str(header.get("trunk", "unknown")) if isinstance(header, dict) else "unknown"
+
+
+@torch.no_grad()
+def compare(
+    image: Float[Tensor, "1 3 H W"], decoded: Float[Tensor, "1 3 H W"], lpips: LPIPS | None = None
+) -> dict[str, float]:
+    """`psnr`, `ssim` and `lpips` of a picture and its reconstruction; the last two where it is not too small
+    for them."""
+    decoded, smallest = decoded.clamp(-1, 1), min(image.shape[-2:])
+    values = {"psnr": float(psnr(image, decoded))}
+    if smallest >= WINDOW:
+        values["ssim"] = float(ssim(image, decoded))
+    if lpips is not None and smallest >= SMALLEST_IMAGE:
+        values["lpips"] = float(lpips(image, decoded))
+    return values
+
+
+def told(row: dict[str, float]) -> list[str]:
+    """What a line says beside the PSNR."""
+    return [f"{key.upper()} {row[key]:.4f}" for key in ("ssim", "lpips") if key in row]
+
+
+def mean(rows: list[dict[str, float]], key: str) -> float:
+    """Over the rows that have it."""
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values)
+
+
+def statistics(latents: Float[Tensor, "C N"]) -> str:
+    """`mean+-deviation` of each channel."""
+    return " ".join(
+        f"{float(channel.mean()):.3g}+-{float(channel.std(correction=0)):.3g}" for channel in latents
+    )
 
 
 def crop(picture: Image.Image, factor: int, name: str) -> Image.Image:
@@ -63,9 +121,10 @@ def crop(picture: Image.Image, factor: int, name: str) -> Image.Image:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: Autoencoder, picture: Image.Image) -> tuple[Image.Image, float]:
-    """The picture after encoding and decoding, and its PSNR in dB."""
+def reconstruct(
+    autoencoder: Autoencoder, picture: Image.Image
+) -> tuple[Float[Tensor, "1 3 H W"], Float[Tensor, "1 C h w"]]:
+    """The picture after encoding and decoding, in [-1, 1] (not clamped), and its scaled latents."""
     image = to_tensor(picture)[None]  # (1, 3, H, W)
-    weight = autoencoder.post_quant_conv.weight
-    decoded = autoencoder.decode(autoencoder.encode(image.to(weight)).mode()).float().cpu()
-    return to_pil(decoded)[0], float(psnr(image, decoded))
+    z = autoencoder.encode(image.to(autoencoder.post_quant_conv.weight)).mode()
+    return autoencoder.decode(z).float().cpu(), autoencoder.scale_latents(z).float().cpu()

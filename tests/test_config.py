@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from ldm.config import differences, find_config, from_dict, load_config, shipped_names, to_dict, to_yaml
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder import make_autoencoder
 from ldm.models.clip import TextEncoder
 from ldm.models.unet import UNet
 from train.tasks.autoencoder import AutoencoderTaskConfig
@@ -119,5 +119,5 @@ def test_every_shipped_training_config_builds(name):
             config = load_config(DiffusionTaskConfig, find_config(name))
             networks = [UNet(config.unet), *([TextEncoder(config.text)] if config.text else [])]
         else:
-            networks = [AutoencoderKL(load_config(AutoencoderTaskConfig, find_config(name)).autoencoder)]
+            networks = [make_autoencoder(load_config(AutoencoderTaskConfig, find_config(name)).autoencoder)]
     assert all(parameter.is_meta for network in networks for parameter in network.parameters())

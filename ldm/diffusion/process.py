@@ -93,6 +93,29 @@ def flow_velocity(x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."]) -> Fl
     return eps - x0
 
 
+def edm_target(
+    x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], alpha_bar: Coefficient, sigma_data: float | int
+) -> Float[Tensor, "B ..."]:
+    """(x0 - c_skip x) / c_out of `denoiser.edm_row` (Karras et al. 2022, arXiv:2206.00364, eq. 8), that is
+
+    (sqrt(1 - alpha_bar) x0 - sigma_data^2 sqrt(alpha_bar) eps)
+        / (sigma_data sqrt(1 - alpha_bar + sigma_data^2 alpha_bar)):
+
+    finite at alpha_bar = 0, where sigma is not; -v where sigma_data is 1.
+    """
+    signal, noise = _roots(alpha_bar, x0)
+    spread = sigma_data * (noise**2 + (sigma_data * signal) ** 2).sqrt()
+    return (noise * x0 - sigma_data**2 * signal * eps) / spread
+
+
+def edm_input(
+    x_t: Float[Tensor, "B ..."], alpha_bar: Coefficient, sigma_data: float | int
+) -> Float[Tensor, "B ..."]:
+    """c_in x of `denoiser.edm_row`: x_t / sqrt(1 - alpha_bar + sigma_data^2 alpha_bar)."""
+    signal, noise = _roots(alpha_bar, x_t)
+    return x_t / (noise**2 + (sigma_data * signal) ** 2).sqrt()
+
+
 def snr(alpha_bar: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Signal-to-noise ratio SNR = alpha_bar / (1 - alpha_bar) = 1 / sigma^2   (Kingma et al. 2021)."""
     return alpha_bar / (1 - alpha_bar)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SCHEDULES = ("scaled_linear", "linear", "cosine", "flow")
-PREDICTIONS = ("eps", "v", "x0", "flow")
+PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
 SPACINGS = ("compvis", "leading", "trailing", "linspace")
 
 COSINE_OFFSET = 8e-3  # s of Nichol & Dhariwal 2021: keeps the first betas from vanishing
@@ -43,11 +43,14 @@ class DiffusionConfig:
         "linear" (linear in beta, DDPM), "cosine" (Nichol & Dhariwal 2021; ignores the betas) or "flow"
         (rectified flow; ignores them too).
     beta_start, beta_end: noise variance of the first and the last of `num_timesteps` steps, in (0, 1).
-    zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2023); needs "v" or "x0".
+    zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2023); not with "eps".
     prediction: what the network's output estimates: the noise "eps", the velocity "v" or the clean "x0"; of a
-        flow, and of nothing else, "flow", the velocity eps - x0.
+        flow, and of nothing else, "flow", the velocity eps - x0. "edm" is the output that Karras et al. 2022
+        precondition (table 1), of unit variance at every level (see `denoiser.edm_row`).
     shift: of a flow, s > 0 in t <- s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv:2403.03206): above
         1 more of the timesteps are noisy ones, as big pictures need. It multiplies every sigma by s.
+    sigma_data: deviation of the clean latents, for the prediction and the loss weighting "edm"; 1 is what the
+        scale of our autoencoders makes it.
     Raises ValueError for a value that is not one of these and for values that do not go together.
     """
 
@@ -58,6 +61,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     prediction: str = "eps"
     shift: float = 1.0
+    sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -71,6 +75,8 @@ class DiffusionConfig:
             )
         if self.num_timesteps < 1:
             raise ValueError(f"num_timesteps must be at least 1, got {self.num_timesteps}")
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be a positive number, got {self.sigma_data}")
         self._check_flow()
         if self.zero_terminal_snr and self.prediction == "eps":
             raise ValueError(

@@ -5,7 +5,8 @@ arXiv:1711.00937, section 3, eq. 1 to 3; Esser et al. 2021, arXiv:2012.09841, se
     loss = |sg(z) - e_k|^2 + beta |z - sg(e_k)|^2
 
 The first term moves the codes to the encoder's answers, the second the answers to the codes; both are means
-here. `AutoencoderVQ` (autoencoder.py) puts this between its encoder and its decoder.
+here. `AutoencoderVQ` (autoencoder.py) puts this between its encoder and its decoder. `CodeUsage` brings codes
+that nothing is near to any more back to life while it trains.
 """
 
 from typing import NamedTuple
@@ -81,3 +82,54 @@ def perplexity(indices: Int[Tensor, "B h w"], size: int) -> Float[Tensor, ""]:
     """How many of `size` codes are in use: exp of the entropy of their frequencies, in 1..size."""
     frequencies = torch.bincount(indices.flatten(), minlength=size) / indices.numel()
     return torch.exp(-torch.special.xlogy(frequencies, frequencies).sum())
+
+
+def usage(indices: Int[Tensor, "B h w"], size: int) -> Float[Tensor, ""]:
+    """The share of `size` codes that occur at all, in 0..1."""
+    return (torch.bincount(indices.flatten(), minlength=size) > 0).float().mean()
+
+
+class CodeUsage(nn.Module):
+    """Counts for how many training steps in a row each code was nobody's nearest, and replaces dead ones.
+
+    A code far from all latents gets no gradient and stays where it is; put onto a latent it takes part again
+    (the random restart of Dhariwal et al. 2020, arXiv:2005.00341, section 3). revive_after: steps without use
+    after which a code is dead. The counters are a buffer, so that they are saved and resumed with the run.
+    """
+
+    idle: Tensor  # (K,) int64
+
+    def __init__(self, size: int, revive_after: int):
+        super().__init__()
+        self.revive_after = revive_after
+        self.register_buffer("idle", torch.zeros(size, dtype=torch.int64))
+
+    def dead(self) -> int:
+        """How many codes are dead."""
+        return int((self.idle >= self.revive_after).sum())
+
+    @torch.no_grad()
+    def revive(
+        self, codebook: Float[Tensor, "K C"], z: Float[Tensor, "B C h w"], rng: torch.Generator
+    ) -> int:
+        """Overwrite the dead rows of `codebook` by the latents at random places, each place once; how many.
+
+        Where there are fewer places than dead codes, those go first that have been dead for longest. Latents
+        that are not finite replace nothing: a training step that fails must not ruin the codes.
+        """
+        if not bool(torch.isfinite(z).all()):
+            return 0
+        dead = torch.argsort(self.idle, descending=True, stable=True)[: self.dead()]
+        latents = rearrange(z, "b c h w -> (b h w) c")
+        places = torch.randperm(len(latents), generator=rng)[: len(dead)].to(z.device)
+        revived = dead[: len(places)]
+        codebook[revived] = latents[places].to(codebook.dtype)
+        self.idle[revived] = 0
+        return len(revived)
+
+    @torch.no_grad()
+    def count(self, indices: Int[Tensor, "B h w"], part: int = 0) -> None:
+        """Note the codes used in one part of a step's batch; the first part, 0, begins the step."""
+        if part == 0:
+            self.idle += 1
+        self.idle[indices.flatten()] = 0

@@ -296,9 +296,14 @@ def diffusion_config(data: Json, source: str) -> DiffusionConfig:
 
 def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
     """DDIM with the original's timesteps, or with "trailing" ones for a model trained down to pure noise;
-    Euler for a flow."""
+    Euler for a flow. Raises ValueError for a prediction that DDIM does not know."""
     if config.schedule == "flow":
         return {"_class_name": FLOW, "num_train_timesteps": config.num_timesteps, "shift": config.shift}
+    if config.prediction not in PREDICTIONS:
+        raise ValueError(
+            f"prediction {config.prediction!r} has no counterpart in diffusers' DDIMScheduler, "
+            f"which knows {', '.join(PREDICTIONS)}"
+        )
     pure = config.zero_terminal_snr
     return {
         "_class_name": "DDIMScheduler",

@@ -49,7 +49,8 @@ def test_rows_are_the_conversions_of_process():
         "v": x0_from_v(x_t, output, alpha_bar),
         "x0": output,
     }
-    assert ROWS.keys() == set(PREDICTIONS) == expected.keys() | {"flow"}  # which is in test_flow.py
+    elsewhere = {"flow", "edm"}  # tested in test_flow.py and test_edm.py
+    assert ROWS.keys() == set(PREDICTIONS) == expected.keys() | elsewhere
     for prediction in expected:
         c_skip, c_out, c_in, c_noise = ROWS[prediction](torch.tensor(sigma, dtype=torch.float64), schedule)
         assert_close(c_skip * x + c_out * output, expected[prediction], rtol=1e-13, atol=1e-13)

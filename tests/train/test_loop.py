@@ -1,6 +1,7 @@
 """The training loop on a tiny network: what a run writes, one step by hand, accumulation, players, learning rate."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -106,11 +107,23 @@ def test_dropout_differs_between_steps_and_parts():
         ({"clip": -1.0}, r"run\.clip -1\.0"),
         ({"betas": [0.9]}, r"run\.betas must be two numbers"),
         ({"betas": [0.9, 1.0]}, r"run\.betas must be two numbers"),
+        ({"on_nonfinite": "ignore"}, r"run\.on_nonfinite must be 'stop' or 'skip', got 'ignore'"),
+        ({"max_skips": 0}, r"run\.max_skips 0 must be at least 1"),
+        ({"max_gradient": -1.0}, r"run\.max_gradient -1\.0 at least 0"),
+        ({"max_gradient": math.nan}, r"run\.max_gradient nan at least 0"),
     ],
 )
 def test_bad_values_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         from_dict(RunConfig, {"out": "x", **values})
+
+
+def test_the_bar_shows_loss_gradient_rate_and_time_left(tmp_path, capsys):
+    train(TinyTask(config_of(tmp_path, log_every=0)), False, "")
+    bar = capsys.readouterr().err.splitlines()[-1].rsplit("\r", 1)[-1]
+    (row,) = (row for row in log_of(tmp_path) if "loss" in row)
+    assert row.keys() == {"step", "loss", "mean", "gradient", "lr"}
+    assert re.search(r"12/12 \[\d+:\d\d<\d+:\d\d, .*loss=[\d.]+, gradient=[\d.]+, images/s=[\d.e+]+\]", bar)
 
 
 # --- the learning rate --------------------------------------------------------------------------------------

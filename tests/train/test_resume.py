@@ -49,6 +49,24 @@ def test_resumed_after_a_signal_equals_unbroken(unbroken, tmp_path, name, step):
     assert_equal_runs(unbroken, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"accumulate": 4},
+        {"precision": "bfloat16"},
+        {"checkpoint_every": 1, "log_every": 1},
+        {"seed": 7, "clip": 0.1},
+    ],
+)
+@pytest.mark.parametrize("step", [6, 11])
+def test_resumed_equals_unbroken_with_other_settings(tmp_path, values, step):
+    train(TinyTask(config_of(tmp_path / "whole", **values)), False, "")
+    with pytest.raises(RuntimeError, match="plug"):
+        train(TinyTask(config_of(tmp_path / "broken", **values), at={step: unplug}), False, "")
+    train(TinyTask(config_of(tmp_path / "broken", **values)), True, "")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_a_signal_in_the_last_step_finishes_the_run(unbroken, tmp_path):
     train(TinyTask(config_of(tmp_path), at={11: send(signal.SIGINT)}), False, "")
     assert_equal_runs(unbroken, tmp_path)

@@ -1,10 +1,12 @@
 """Training states on disk: written whole, read back bit for bit, and what happens to torn ones."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
-from train.state import load_newest_state, optimizer_tensors, restore_optimizer, save_state
+from train.state import held, load_newest_state, optimizer_tensors, restore_optimizer, save_state, sweep
 
 
 def equal(a, b):
@@ -73,6 +75,36 @@ def test_a_file_being_written_is_not_read(tmp_path):
     (tmp_path / ".step-00000002.safetensors.77.part").write_bytes(b"half")
     _, header, notes = load_newest_state(tmp_path)
     assert (header["step"], notes) == (1, [])
+
+
+def test_half_written_weights_are_swept_up_and_nothing_else(tmp_path):
+    save_state(tmp_path / "states", 1, {"x": torch.zeros(1)}, {}, keep=2)
+    for name in ("states/.step-00000002.safetensors.77.part", "cache/.train-ab.safetensors.8.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    others = [tmp_path / "states" / "notes.part", tmp_path / "cache" / ".film.part"]
+    for path in others:
+        path.write_text("not ours")
+    sweep(tmp_path)
+    left = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert left == sorted([tmp_path / "states" / "step-00000001.safetensors", *others])
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path):
+    with held(tmp_path / "run"):
+        with (
+            pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on"),
+            held(tmp_path / "run"),
+        ):
+            pass
+        with held(tmp_path / "other"):
+            pass
+    with held(tmp_path / "run"):  # free again
+        pass
+    with pytest.raises(KeyError), held(tmp_path / "run"):
+        raise KeyError
+    with held(tmp_path / "run"):
+        pass
 
 
 def test_nothing_to_resume(tmp_path):

@@ -202,3 +202,56 @@ def test_dry_run_writes_nothing(runs, shapes, tmp_path, capsys, task):
     assert train([task, f"configs/train/{config}.yaml", *overrides, "--dry-run"]) == 0
     assert "60 steps" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def codes(shapes, tmp_path_factory) -> Path:
+    """A first stage with a codebook, by the shipped configuration."""
+    folder = tmp_path_factory.mktemp("codes") / "run"
+    config = "configs/train/tiny_vq_autoencoder.yaml"
+    where = [f"data.path={shapes}", f"run.out={folder}", "run.device=cpu", "run.steps=40"]
+    assert train(["autoencoder", config, *where]) == 0
+    return folder
+
+
+def test_a_vq_autoencoder_learns(codes):
+    rows = log(codes)
+    scores = [row["heldout_psnr"] for row in rows if "heldout_psnr" in row]
+    assert scores[-1] > 12
+    used = [row["perplexity"] for row in rows if "perplexity" in row]
+    assert used[-1] > 2 and sum(row.get("revived", 0) for row in rows) > 0
+
+
+def test_a_vq_autoencoder_reconstructs_from_the_command_line(codes, shapes, tmp_path, capsys):
+    command = ["reconstruct", "--model", str(codes), "--device", "cpu", "--out", str(tmp_path)]
+    assert sample([*command, str(shapes / "42.png"), str(shapes / "43.png")]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert float(last.split(" dB")[0]) > 10 and "SSIM" in last
+    assert len(list(tmp_path.glob("reconstruct-*.png"))) == 2
+
+
+def test_diffusion_trains_on_a_vq_autoencoder(codes, shapes, tmp_path, capsys):
+    first_stage = f"autoencoder={codes}/model/autoencoder.safetensors"
+    where = [f"data.path={shapes}", f"run.out={tmp_path / 'run'}", "run.device=cpu", "run.steps=5"]
+    preview = ["preview.prompts=[a red square]", "preview.steps=2"]
+    assert train(["diffusion", "configs/train/tiny.yaml", *where, first_stage, *preview]) == 0
+    how = ["--model", str(tmp_path / "run"), "--device", "cpu", "--steps", "2"]
+    assert sample(["txt2img", "a red square", *how, "--out", str(tmp_path / "out")]) == 0
+    stage = Pipeline.load(tmp_path / "run", device="cpu").autoencoder
+    assert stage.config.codebook_size == 64 and stage.config.scale_factor == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["loss.revive_after=5"], "loss.revive_after 5 needs codes: set autoencoder.codebook_size"),
+        (["autoencoder.codebook_size=8", "loss.beta=0"], "loss.beta must be positive"),
+        (["autoencoder.codebook_size=0"], "codebook_size must be at least 1"),
+        (["data.size=30"], "data.size 30 is not a multiple of the autoencoder's factor 4"),
+    ],
+)
+def test_bad_input_of_a_first_stage_is_one_line(shapes, tmp_path, capsys, overrides, told):
+    good = [f"data.path={shapes}", f"run.out={tmp_path / 'new'}", "run.device=cpu"]
+    assert train(["autoencoder", "configs/train/tiny_autoencoder.yaml", *good, *overrides]) == 2
+    assert told in one_error(capsys)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,123 @@
+"""Measures of pictures: SSIM against its formula written out with numpy, closed forms, and others' code."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ldm.metrics import psnr, ssim
+
+
+def by_the_formula(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
+    """Wang et al. 2004, equations 13 and 14 to 16, window by window, of a picture (C, H, W)."""
+    offsets = np.arange(11) - 5
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None, :] ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    values = []
+    for a, b in zip(x, y, strict=True):
+        for i in range(a.shape[0] - 10):
+            for j in range(a.shape[1] - 10):
+                p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+                mu_p, mu_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
+                cov = (window * (p - mu_p) * (q - mu_q)).sum()
+                luminance = (2 * mu_p * mu_q + c1) / (mu_p**2 + mu_q**2 + c1)
+                values.append(luminance * (2 * cov + c2) / (var_p + var_q + c2))
+    return float(np.mean(values))
+
+
+def pairs(height: int, width: int, data_range: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    images = (torch.rand(3, 3, height, width) - 0.5) * data_range
+    noise = torch.tensor([0.05, 0.2, 1.0]).view(3, 1, 1, 1) * torch.randn_like(images)
+    return images, images + 0.5 * data_range * noise
+
+
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (14, 12), (11, 17)])
+@pytest.mark.parametrize("data_range", [1.0, 2.0, 255.0])
+def test_ssim_equals_its_formula(height: int, width: int, data_range: float) -> None:
+    images, others = pairs(height, width, data_range)
+    expected = [by_the_formula(x, y, data_range) for x, y in zip(images.numpy(), others.numpy(), strict=True)]
+    assert expected[0] > expected[1] > expected[2]
+    ours = ssim(images, others, data_range)
+    assert (ours.shape, ours.dtype) == ((3,), torch.float32)
+    assert_close(ours, torch.tensor(expected), rtol=0, atol=1e-6)
+    assert_close(ssim(others, images, data_range), ours, rtol=0, atol=1e-6)
+
+
+def test_ssim_closed_forms() -> None:
+    """1 for equal pictures; flat ones have no variance: luminance alone counts."""
+    images, _ = pairs(16, 20)
+    assert_close(ssim(images, images), torch.ones(3), rtol=0, atol=1e-7)
+    flat = [torch.full((1, 3, 12, 12), value) for value in (0.5, 0.2)]
+    c1 = (0.01 * 2) ** 2
+    expected = torch.tensor([(2 * 0.5 * 0.2 + c1) / (0.5**2 + 0.2**2 + c1)])
+    assert_close(ssim(*flat), expected, rtol=0, atol=1e-6)
+    half = ssim(images.half(), images.half())
+    assert half.dtype == torch.float16 and bool((half == 1).all())
+
+
+def test_ssim_is_of_each_picture_alone() -> None:
+    images, others = pairs(13, 13)
+    whole = ssim(images, others)
+    assert_close(torch.cat([ssim(images[i : i + 1], others[i : i + 1]) for i in range(3)]), whole)
+
+
+def test_ssim_wants_11_pixels() -> None:
+    with pytest.raises(ValueError, match="pictures of 10x40 are too small for SSIM, which needs 11 px"):
+        ssim(torch.zeros(1, 3, 40, 10), torch.zeros(1, 3, 40, 10))
+
+
+def test_ssim_equals_torchmetrics() -> None:
+    pytest.importorskip("torchmetrics")
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    images, others = pairs(24, 31)
+    expected = structural_similarity_index_measure(
+        others, images, sigma=1.5, kernel_size=11, data_range=2.0, reduction="none"
+    )
+    assert_close(ssim(images, others), expected, rtol=0, atol=1e-4)
+
+
+def test_ssim_equals_scikit_image() -> None:
+    metrics = pytest.importorskip("skimage.metrics")
+    images, others = pairs(24, 31)
+    expected = [
+        metrics.structural_similarity(
+            x,
+            y,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=2.0,
+            channel_axis=0,
+        )
+        for x, y in zip(images.double().numpy(), others.double().numpy(), strict=True)
+    ]
+    assert_close(ssim(images, others), torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-5)
+
+
+def test_ssim_with_scipys_filter() -> None:
+    """The same from maps filtered by others' code, as scikit-image does it."""
+    ndimage = pytest.importorskip("scipy.ndimage")
+    images, others = pairs(24, 31)
+    x, y = images.double().numpy(), others.double().numpy()
+
+    def smooth(maps: np.ndarray) -> np.ndarray:
+        filtered = ndimage.gaussian_filter(maps, (0, 0, 1.5, 1.5), truncate=3.5)
+        return filtered[..., 5:-5, 5:-5]
+
+    mu_x, mu_y = smooth(x), smooth(y)
+    cov = smooth(x * y) - mu_x * mu_y
+    variances = smooth(x * x) - mu_x**2 + smooth(y * y) - mu_y**2
+    c1, c2 = 0.02**2, 0.06**2
+    values = (2 * mu_x * mu_y + c1) * (2 * cov + c2) / ((mu_x**2 + mu_y**2 + c1) * (variances + c2))
+    expected = torch.from_numpy(values.mean(axis=(1, 2, 3))).float()
+    assert_close(ssim(images, others), expected, rtol=0, atol=1e-6)
+
+
+def test_psnr_closed_form() -> None:
+    """An error of 0.2 everywhere is 10 log10(4 / 0.04) = 20 dB; what lies outside [-1, 1] is clamped first."""
+    images = torch.full((2, 3, 4, 4), 0.9)
+    others = torch.stack([torch.full((3, 4, 4), 0.7), torch.full((3, 4, 4), 1.5)])
+    assert_close(psnr(images, others), torch.tensor([20.0, 10 * np.log10(4 / 0.01)], dtype=torch.float32))

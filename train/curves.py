@@ -1,0 +1,435 @@
+"""`ldm-train report RUN...`: the curves and newest previews of one or more runs as one HTML page.
+
+The page is a single file that needs nothing else: curves are SVG drawn here, pictures sit in it as base64,
+and it follows the reader's light or dark theme. Every number of `log.jsonl` gets a chart, with the points as
+they were logged (faint) and a smoothed line over them; runs keep one colour throughout. Reads `config.yaml`,
+`log.jsonl` and `previews/` of a run folder, also while the run goes on.
+"""
+
+import base64
+import json
+import math
+import re
+import statistics
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldm.weights.io import write_atomically
+
+Point = tuple[float, float]
+Points = list[Point]  # (step, value), steps ascending
+
+FIRST = ("loss", "validation", "gradient", "lr", "images_per_second")  # the order of charts; then by name
+SMOOTHED_FROM = 8  # points; fewer are joined as they are
+DRAWN = 600  # points of a curve at most; of more, the lowest and the highest of each stretch
+LOG_RATIO = 30.0  # a positive curve that spans more is drawn on a logarithmic axis, but for
+LINEAR = ("lr", "images_per_second")
+
+# Okabe and Ito's colours, which are told apart by colour-blind readers too; for light and for dark pages.
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#c05a94", "#2e9bd6", "#b87f00", "#6f5bd0", "#6b6b6b")
+DARK = ("#4aa8e0", "#ff8a3d", "#2fd0a0", "#f0a6cc", "#9ad7ff", "#ffc14d", "#a99bff", "#b5b5b5")
+DASHES = ("", "7 3", "2 3")  # of runs 1-8, 9-16, 17-24
+
+WIDTH, HEIGHT = 640, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 38  # margins
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page shows of one run. config: flat, by dotted key. notes: what was odd, in a line each."""
+
+    name: str
+    folder: Path
+    curves: dict[str, Points]
+    skipped: int
+    config: dict[str, Any]
+    preview: Path | None
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(folders: Sequence[Path], out: Path) -> list[str]:
+    """Write the page of the runs in `folders` to `out`; returns lines on what was odd.
+
+    Raises FileNotFoundError or ValueError, in one line, for what is no run folder or has no log.
+    """
+    runs = read_runs(folders)
+    write_atomically(out, page(runs))
+    return [note for run in runs for note in run.notes]
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs by the names of their folders; where those are not unique, with as much of the path as is."""
+    paths = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(names):
+            break
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Raises as `write_report`. A torn line of the log is passed over with a note."""
+    config, log = folder / "config.yaml", folder / "log.jsonl"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
+    if not config.is_file() and not log.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has neither config.yaml nor log.jsonl")
+    if not log.is_file():
+        raise ValueError(f"{folder} has no log.jsonl: the run has logged nothing yet")
+    curves, skipped, torn = read_log(log)
+    if not curves:
+        raise ValueError(f"{log} holds no row with a step and a number: the run has logged nothing yet")
+    notes = [f"{log}: {torn} torn line{'s' * (torn > 1)} passed over"] if torn else []
+    previews = sorted((folder / "previews").glob("*.png"))
+    whole = [path for path in previews if is_png(path)]
+    if len(whole) < len(previews):
+        notes.append(f"{folder / 'previews'}: {len(previews) - len(whole)} of the files are no PNG")
+    return Run(name, folder, curves, skipped, read_config(config), whole[-1] if whole else None, notes)
+
+
+def read_log(path: Path) -> tuple[dict[str, Points], int, int]:
+    """The curve of each number of a log, how many steps were skipped, and how many lines are torn."""
+    curves: dict[str, dict[float, float]] = {}
+    skipped = torn = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            torn += 1
+            continue
+        skipped += "skipped" in row
+        for key, value in row.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key != "step" and number and math.isfinite(value):
+                curves.setdefault(key, {})[float(row["step"])] = float(value)
+    return {key: sorted(points.items()) for key, points in curves.items()}, skipped, torn
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    return dict(flat(data)) if isinstance(data, dict) else {}
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(dotted key, value)` of each leaf of a nested table."""
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_png(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+
+def smooth(points: Points) -> Points:
+    """A running mean with Gaussian weights, whose width is a sixtieth of the curve or the distance of two
+    points, whichever is more; at 200 places at most."""
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    span = steps[-1] - steps[0]
+    if span == 0:
+        return points
+    width = max(span / 60, span / (len(points) - 1))
+    places = steps if len(steps) <= 200 else [steps[0] + span * i / 199 for i in range(200)]
+    result: Points = []
+    for place in places:
+        near = range(bisect_left(steps, place - 3 * width), bisect_right(steps, place + 3 * width))
+        weights = [math.exp(-0.5 * ((steps[i] - place) / width) ** 2) for i in near]
+        total = sum(weight * values[i] for weight, i in zip(weights, near, strict=True))
+        result.append((place, total / sum(weights)))
+    return result
+
+
+def thinned(points: Points) -> Points:
+    """At most about `DRAWN` points, among them the highest and the lowest of every stretch."""
+    if len(points) <= DRAWN:
+        return points
+    size = math.ceil(2 * len(points) / DRAWN)
+    result: Points = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        ends = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
+        result.extend(sorted(ends))
+    return result
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From a value to 0..1; `log`: by its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Some five round numbers within the axis."""
+        if not self.log:
+            size = (self.high - self.low) / 5
+            unit = 10.0 ** math.floor(math.log10(size))
+            step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= size)
+            first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+            return [index * step for index in range(first, last + 1)]
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        every = math.ceil(len(powers) / 6)
+        factors = (1, 2, 5) if len(powers) <= 3 else (1, 3) if len(powers) <= 4 else (1,)
+        marks = [factor * 10.0**power for power in powers[::every] for factor in factors]
+        return [mark for mark in marks if self.low <= mark <= self.high]
+
+
+def axis_of(values: Sequence[float], may_be_log: bool = True) -> Axis:
+    """An axis on which all `values` lie; logarithmic where they are positive and far apart."""
+    low, high = min(values), max(values)
+    if may_be_log and low > 0 and high / low > LOG_RATIO:
+        return Axis(low, high, log=True)
+    pad = 0.04 * (high - low) or 0.1 * abs(low) or 1.0
+    return Axis(low - pad, high + pad)
+
+
+def chart(metric: str, runs: Sequence[Run]) -> str:
+    """The curves of one number of all runs that have it, as an SVG figure."""
+    curves = {index: run.curves[metric] for index, run in enumerate(runs) if metric in run.curves}
+    every = [point for points in curves.values() for point in points]
+    last = max(step for step, _ in every)
+    x, y = Axis(0.0, max(last, 1.0)), axis_of([value for _, value in every], metric not in LINEAR)
+
+    def place(point: Point) -> Point:
+        across = LEFT + (WIDTH - LEFT - RIGHT) * x(point[0])
+        return across, TOP + (HEIGHT - TOP - BOTTOM) * (1 - y(point[1]))
+
+    drawn = [strokes(index, runs[index].name, points, place) for index, points in curves.items()]
+    title = escape(metric.replace("_", " ")) + (" <small>(logarithmic)</small>" if y.log else "")
+    svg = (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(metric)} by step">'
+        f"{grid(x, y, last)}{''.join(drawn)}</svg>"
+    )
+    return f'<figure class="chart"><figcaption>{title}</figcaption>{svg}</figure>'
+
+
+def strokes(index: int, name: str, points: Points, place: Callable[[Point], Point]) -> str:
+    """One run's curve: its points, joined, and the smoothed line over them where there are enough."""
+    shown, many = thinned(points), len(points) >= SMOOTHED_FROM
+    kind = "raw" if many else "line"
+
+    def line(kind: str, of: Points) -> str:
+        places = " ".join(f"{a:.1f},{b:.1f}" for a, b in map(place, of))
+        return f'<polyline class="{kind}" points="{places}"{dash(index)}/>'
+
+    parts = [line(kind, shown)]
+    for point in shown if len(shown) <= 200 else ():
+        a, b = place(point)
+        told = f"<title>{escape(name)}, step {point[0]:,.0f}: {point[1]:.5g}</title>"
+        parts.append(f'<circle class="{kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5">{told}</circle>')
+    if many:
+        parts.append(line("line", smooth(points)))
+    return f'<g class="run{index % len(LIGHT)}">{"".join(parts)}</g>'
+
+
+def grid(x: Axis, y: Axis, last: float) -> str:
+    """Lines and numbers of both axes."""
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = []
+    for value in y.ticks():
+        at = TOP + (bottom - TOP) * (1 - y(value))
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 8}" y="{at + 4:.1f}">{value:.4g}</text>')
+    for value in x.ticks():
+        if value == int(value) and value <= last:
+            at = LEFT + (right - LEFT) * x(value)
+            parts.append(f'<text class="x" x="{at:.1f}" y="{bottom + 17}">{value:,.0f}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">step</text>')
+    return "".join(parts)
+
+
+def dash(index: int) -> str:
+    pattern = DASHES[index // len(LIGHT) % len(DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole HTML text."""
+    metrics = sorted({metric for run in runs for metric in run.curves}, key=order)
+    charts = "".join(chart(metric, runs) for metric in metrics)
+    names = ", ".join(run.name for run in runs)
+    notes = "".join(f"<li>{escape(note)}</li>" for run in runs for note in run.notes)
+    sections = [
+        f"<header><h1>Training report</h1><p>{escape(names)}</p></header>",
+        section("Runs", overview(runs)),
+        section(
+            "Curves",
+            f'{legend(runs)}<div class="charts">{charts}</div>'
+            '<p class="note">Faint: as logged. Strong: smoothed by a running Gaussian mean.</p>',
+        ),
+        section("Newest previews", "".join(preview(index, run) for index, run in enumerate(runs))),
+        section("Last values", last_values(runs, metrics)),
+        section("Configuration", changed_values(runs)) if len(runs) > 1 else "",
+        section("Notes", f"<ul>{notes}</ul>") if notes else "",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(names)} - training report</title>\n<style>{style()}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in sections if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def order(metric: str) -> tuple[int, str]:
+    """Sorts the numbers of a log: those of `FIRST` (also as the start of a name), then the others by name."""
+    return next((i for i, first in enumerate(FIRST) if metric.startswith(first)), len(FIRST)), metric
+
+
+def section(title: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+
+
+def swatch(index: int, name: str) -> str:
+    """A run's name beside a stroke of its colour."""
+    stroke = f'<svg class="swatch" viewBox="0 0 24 8"><polyline class="line" points="0,4 24,4"{dash(index)}/>'
+    return f'<span class="run{index % len(LIGHT)}">{stroke}</svg></span> {escape(name)}'
+
+
+def legend(runs: Sequence[Run]) -> str:
+    items = "".join(f"<span>{swatch(index, run.name)}</span>" for index, run in enumerate(runs))
+    return f'<p class="legend">{items}</p>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; cells are HTML already."""
+    titles = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def overview(runs: Sequence[Run]) -> str:
+    rows = []
+    for index, run in enumerate(runs):
+        step = max(points[-1][0] for points in run.curves.values())
+        steps, batch = run.config.get("run.steps"), run.config.get("run.batch")
+        rate = run.curves.get("images_per_second")
+        rows.append(
+            [
+                swatch(index, run.name),
+                f"<code>{escape(str(run.folder))}</code>",
+                f"{step:,.0f}" + (f" of {steps:,}" if isinstance(steps, int) else ""),
+                f"{step * batch:,.0f}" if isinstance(batch, int) else "?",
+                f"{statistics.median(value for _, value in rate):.4g}" if rate else "?",
+                f"{run.skipped:,}",
+            ]
+        )
+    return table(["run", "folder", "steps", "images seen", "images/s (median)", "steps skipped"], rows)
+
+
+def preview(index: int, run: Run) -> str:
+    if run.preview is None:
+        return ""
+    found = re.search(r"(\d+)", run.preview.stem)
+    title = swatch(index, run.name) + (f", step {int(found[1]):,}" if found else "")
+    data = base64.b64encode(run.preview.read_bytes()).decode()
+    alt = f"preview of {escape(run.name)}"
+    return (
+        f'<figure class="preview"><figcaption>{title}</figcaption>'
+        f'<img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
+    )
+
+
+def last_values(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+    rows = [
+        [escape(metric)]
+        + [f"{run.curves[metric][-1][1]:.5g}" if metric in run.curves else "" for run in runs]
+        for metric in metrics
+    ]
+    return table(["value", *heads(runs)], rows)
+
+
+def changed_values(runs: Sequence[Run]) -> str:
+    """The values of config.yaml that are not the same in all runs; the folder always differs."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if key != "run.out"]
+    rows = []
+    for key in keys:
+        values = [told(run.config[key]) if key in run.config else "" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([f"<code>{escape(key)}</code>", *map(cut, values)])
+    if not rows:
+        return "<p>The runs have the same configuration.</p>"
+    return "<p>What differs between the runs.</p>" + table(["key", *heads(runs)], rows)
+
+
+def heads(runs: Sequence[Run]) -> list[str]:
+    return [swatch(index, run.name) for index, run in enumerate(runs)]
+
+
+def told(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def cut(text: str) -> str:
+    """A cell for a value that may be long; the whole of it shows when pointed at."""
+    if len(text) <= 60:
+        return escape(text)
+    return f'<span title="{escape(text)}">{escape(text[:60])}…</span>'
+
+
+def style() -> str:
+    def colours(values: Sequence[str]) -> str:
+        return "".join(f"--run{index}:{value};" for index, value in enumerate(values))
+
+    light = f":root{{color-scheme:light dark;{ON_LIGHT}{colours(LIGHT)}}}"
+    dark = f"@media(prefers-color-scheme:dark){{:root{{{ON_DARK}{colours(DARK)}}}}}"
+    used = "".join(f".run{index}{{color:var(--run{index})}}" for index in range(len(LIGHT)))
+    return light + dark + used + RULES
+
+
+ON_LIGHT = "--page:#fff;--card:#f7f7f8;--ink:#1a1a1e;--soft:#65656e;--rule:#dedee3;"
+ON_DARK = "--page:#131316;--card:#1c1c21;--ink:#ececf0;--soft:#9c9ca8;--rule:#35353d;"
+RULES = """
+body{margin:0 auto;max-width:1360px;padding:24px;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,sans-serif}
+h1{font-size:24px;margin:0}h2{font-size:17px;margin:32px 0 10px}header p{margin:4px 0;color:var(--soft)}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
+figure{margin:0}.chart,.preview{background:var(--card);border-radius:8px;padding:12px}
+.preview{display:inline-block;margin:0 16px 16px 0;max-width:100%;box-sizing:border-box}
+.preview img{display:block;max-width:100%;image-rendering:auto;border-radius:4px}
+figcaption{font-weight:600;margin-bottom:6px}small,.note{color:var(--soft);font-weight:400;font-size:13px}
+svg{display:block;width:100%;height:auto}.swatch{display:inline-block;width:24px;height:8px}
+.legend span{margin-right:6px}.legend>span{margin-right:22px;white-space:nowrap}
+polyline{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round}
+polyline.line{stroke-width:2}polyline.raw{stroke-width:1;opacity:.35}
+circle{fill:currentColor}circle.raw{opacity:.35}circle:hover{opacity:1;stroke:currentColor;stroke-width:3}
+text{fill:var(--soft);font:12px system-ui,sans-serif}text.y{text-anchor:end}text.x{text-anchor:middle}
+.grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);font-weight:400}
+thead th{color:var(--soft);font-size:13px}code{font:13px ui-monospace,monospace}
+"""
