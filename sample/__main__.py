@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
     options.check(args)
+    del args.parser  # what follows is values, which are written down
     tolerate_encodings()
     try:
         importlib.import_module(f"sample.{args.command}").run(args)

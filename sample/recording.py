@@ -37,7 +37,7 @@ def common_parameters(args: argparse.Namespace, pipe: Parts, size: tuple[int, in
     used = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
-        if name != "parser" and value != parser.get_default(name)
+        if value != parser.get_default(name)
     }
     reading = {
         name: getattr(args, name) for name in READING if getattr(args, name) != parser.get_default(name)
