@@ -29,8 +29,6 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
     if pipe.form == wanted:
         return
     unet = pipe.unet
-    if args.token_merging:
-        unet = merging(unet, args.token_merging)
     if args.fast_conv:
         if not (pipe.device.type == "cpu" and pipe.dtype == torch.float32):
             raise ValueError(f"--fast-conv is for float32 on the CPU, got {pipe.dtype} on {pipe.device}")
@@ -47,6 +45,8 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
         print(f"decoder: {found}", file=sys.stderr)
         pipe.autoencoder = sharing(pipe.autoencoder)
         pipe.autoencoder.decoder = decoder
+    if args.token_merging:  # behind fast convolutions, whose pass without data cannot choose tokens
+        unet = merging(unet, args.token_merging)
     if args.compile:
         unet = compile_blocks(unet)
     pipe.network = unet if args.deep_cache is None else DeepCache(unet, *cache_of(args.deep_cache))

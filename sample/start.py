@@ -134,20 +134,13 @@ def mask_channels(
 def picture_channels(
     parts: Parts, images: Float[Tensor, "1 3 H W"], numbers: Sequence[int]
 ) -> Float[Tensor, "B D h w"]:
-    """A picture in [-1, 1] as InstructPix2Pix reads it, or at the latents' size the super-resolution model.
-
-    Raises ValueError where the model reads neither.
-    """
-    kind = reads(parts)
-    if kind == "superresolution":
+    """A picture in [-1, 1] as InstructPix2Pix reads it, or at the latents' size the super-resolution model;
+    the caller has seen to it that the model is one of these (`require_reads`)."""
+    if reads(parts) == "superresolution":
         channels = superresolution_channels(images)
-    elif kind == "instruct":
+    else:
         weight = parts.autoencoder.post_quant_conv.weight
         channels = instruct_channels(parts.autoencoder.encode(images.to(weight)).mode().float())
-    else:
-        raise ValueError(
-            f"this model does not read a picture besides its latents: it reads {kind or 'nothing'}"
-        )
     return channels.to(parts.device).expand(len(numbers), -1, -1, -1)
 
 
@@ -159,8 +152,7 @@ def depth_start(
     numbers: Sequence[int],
 ) -> Start:
     """`start` of pictures of `size` (W, H) with depth, white near. Raises ValueError where none is read."""
-    if reads(parts) != "depth":
-        raise ValueError(f"this model does not read depth: it reads {reads(parts) or 'nothing'} besides")
+    require_reads(parts, "depth")
     channels = depth_channels(depth[None], parts.latent_shape(size)[1:])
     return replace(start, channels=channels.to(parts.device).expand(len(numbers), -1, -1, -1))
 

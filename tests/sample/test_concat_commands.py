@@ -294,8 +294,10 @@ def test_depth_refuses(
     assert "nowhere.png: no such file" in told("txt2img", "a", "--depth", "nowhere.png")
     assert "it has colours" in told("img2img", files[0], "a", "--depth", files[1])
     monkeypatch.setattr(txt2img, "load_pipeline", lambda args: pipe)
-    assert "this model does not read depth: it reads nothing" in told("txt2img", "a", "--depth", depths[0])
-    assert "this model does not read depth" in told("img2img", files[0], "a", "--depth", depths[0])
+    assert "this model does not read a depth picture besides its latents: it reads nothing" in told(
+        "txt2img", "a", "--depth", depths[0]
+    )
+    assert "this model does not read a depth picture" in told("img2img", files[0], "a", "--depth", depths[0])
 
 
 # --- inpainting ---------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""The speed options through the command: each reaches the network that sampling evaluates, and does what it says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm.models.deep_cache import DeepCache
+from ldm.models.fast_conv import WinogradConv2d
+from ldm.models.token_merging import MergedAttention
+from ldm.models.unet import UNet
+from ldm.models.variants import sharing
+from sample import speed, txt2img
+from sample.__main__ import main
+from sample.cli import load_pipeline
+from sample.pipeline import Pipeline
+
+
+def picture(folder: Path, *options: object) -> np.ndarray:
+    """The one that the shipped model makes in a few steps, unless options say otherwise."""
+    common = ["a red apple, noto emoji", "--steps", "4", "--guidance", "2", "--device", "cpu"]
+    assert main(["txt2img", *common, *map(str, options), "--out", str(folder)]) == 0
+    return np.array(Image.open(folder / "00000.png")).astype(int)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
+    """The models that the commands load."""
+    loaded: list[Pipeline] = []
+
+    def load(args: Any) -> Pipeline:
+        loaded.append(load_pipeline(args))
+        return loaded[-1]
+
+    monkeypatch.setattr(txt2img, "load_pipeline", load)
+    return loaded
+
+
+def test_fast_convolutions(tmp_path: Path, used: list[Pipeline], capsys: pytest.CaptureFixture[str]) -> None:
+    """Some layers in the other form, in UNet and decoder's share; the same picture but for rounding."""
+    plain = picture(tmp_path / "a")
+    assert used[0].network is used[0].unet
+    fast = picture(tmp_path / "b", "--fast-conv", 1)
+    replaced = re.search(r"UNet: (\d+) of (\d+) 3x3 convolutions", capsys.readouterr().err)
+    assert replaced is not None
+    assert 0 < int(replaced[1]) <= int(replaced[2])
+    network = used[1].network
+    assert isinstance(network, UNet)
+    assert any(isinstance(module, WinogradConv2d) for module in network.modules())
+    assert np.abs(fast - plain).max() <= 1
+    assert not any(isinstance(module, WinogradConv2d) for module in used[1].unet.modules())
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[UNet]:
+    """What was compiled, by a stand-in: the annotations that tests check at each call are nothing to compile.
+
+    What compiling makes of it is `tests/models/test_compiled.py`'s.
+    """
+    given: list[UNet] = []
+
+    def stand_in(unet: UNet) -> UNet:
+        given.append(unet)
+        return sharing(unet)
+
+    monkeypatch.setattr(speed, "compile_blocks", stand_in)
+    return given
+
+
+def test_compiled(tmp_path: Path, used: list[Pipeline], compiled: list[UNet]) -> None:
+    picture(tmp_path, "--compile")
+    assert compiled == [used[0].unet]
+    assert used[0].network is not used[0].unet
+
+
+def test_deep_cache(tmp_path: Path, used: list[Pipeline]) -> None:
+    plain, every = picture(tmp_path / "a"), picture(tmp_path / "b", "--deep-cache", "1")
+    assert np.array_equal(plain, every)
+    reused = picture(tmp_path / "c", "--deep-cache", "2:1")
+    network = used[2].network
+    assert isinstance(network, DeepCache)
+    assert (network.every, network.branch) == (2, 1)
+    assert 0 < np.abs(reused - plain).mean() < 25  # another picture, of the same apple
+
+
+def test_token_merging(tmp_path: Path, used: list[Pipeline]) -> None:
+    plain, merged = picture(tmp_path / "a"), picture(tmp_path / "b", "--token-merging", "0.5")
+    assert used[1].network is not used[1].unet
+    assert 0 < np.abs(merged - plain).mean() < 25
+
+
+def test_all_at_once(tmp_path: Path, used: list[Pipeline], compiled: list[UNet]) -> None:
+    options = ["--fast-conv", 1, "--compile", "--deep-cache", "2:1", "--token-merging", 0.5]
+    assert np.abs(picture(tmp_path / "a", *options) - picture(tmp_path / "b")).mean() < 25
+    assert isinstance(used[0].network, DeepCache)
+    kinds = {type(module) for module in compiled[0].modules()}
+    assert {WinogradConv2d, MergedAttention} <= kinds
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--fast-conv", "-1"], "the memory for fast convolutions must be 0 GB or more, got -1"),
+    (["--fast-conv", "1", "--dtype", "bfloat16"], "--fast-conv is for float32 on the CPU, got torch.bfloat16"),
+    (["--deep-cache", "often"], "--deep-cache must be like 3 or 3:1, got 'often'"),
+    (["--deep-cache", "0"], "N at least 1, got 0"),
+    (["--deep-cache", "2:9"], "DeepCache branch must be between 0 and num_res_blocks"),
+    (["--token-merging", "1.5"], "1.5"),
+])  # fmt: skip
+def test_what_does_not_fit_is_one_line(
+    model: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--model", str(model), "--device", "cpu", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main(["txt2img", "a", *common, *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
