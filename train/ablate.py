@@ -18,6 +18,7 @@ import re
 import shlex
 import statistics
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +33,10 @@ from torch import Tensor
 from ldm.config import differences, find_config, from_dict, load_config, to_dict
 from ldm.device import pick_device
 from ldm.diffusion.denoiser import Denoiser
-from ldm.seeding import generator
 from ldm.weights.io import write_atomically
 from sample.evaluate import Picture, Question, pick, read_images, read_rows
 from sample.pipeline import Pipeline
+from train import levels
 from train.ablation_table import Arm, Result, write_report
 from train.data import DataConfig, load_images, to_float
 from train.loop import Interrupted, RunConfig, Task, train
@@ -380,27 +381,20 @@ def evaluate(folder: Path, config: DiffusionTaskConfig, asked: Evaluation) -> di
 
 @torch.no_grad()
 def denoising_errors(pipe: Pipeline, data: DataConfig, asked: Evaluation) -> dict[str, float]:
-    """By level: mean over held-out images of (1 + 1 / sigma^2) |x0 - estimate|^2, a value of the latents.
-
-    The factor makes it the squared error of the velocity v (Salimans & Ho 2022), about 1 for a model that
-    knows nothing, at any level and whatever the network predicts.
-    """
+    """The error of denoising held-out images by level, see `levels.py`."""
     images = load_images(data, "heldout_image")
     if not len(images):
         raise ValueError(f"evaluate.levels needs held-out images, of which {data.path} has none")
+
+    def batches() -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for rows in torch.arange(len(images)).split(levels.BATCH):
+            x0 = pipe.autoencoder.encode_latents(to_float(images.pixels[rows]).to(pipe.device))
+            captions = [images.captions[row] if pipe.text_encoder else "" for row in rows.tolist()]
+            yield x0, pipe.conditioning(captions)
+
     denoise = Denoiser(pipe.network, pipe.schedule)
-    errors: dict[str, list[Tensor]] = {f"error@{level:g}": [] for level in asked.levels}
-    for part, rows in enumerate(torch.arange(len(images)).split(64)):
-        x0 = pipe.autoencoder.encode_latents(to_float(images.pixels[rows]).to(pipe.device))
-        captions = [images.captions[row] if pipe.text_encoder else "" for row in rows.tolist()]
-        conditioning = pipe.conditioning(captions)
-        for number, level in enumerate(asked.levels):
-            rng = generator(asked.seed, "levels", part, number)
-            noise = torch.randn(x0.shape, generator=rng).to(pipe.device)
-            estimate = denoise(x0 + level * noise, level, **conditioning)
-            error = (1 + level**-2) * (estimate - x0).square().mean(dim=(1, 2, 3))
-            errors[f"error@{level:g}"].append(error.cpu())
-    return {name: float(torch.cat(values).mean()) for name, values in errors.items()}
+    errors = levels.denoising_errors(denoise, batches(), asked.levels, asked.seed)
+    return {f"error@{level:g}": error for level, error in errors.items()}
 
 
 def fidelity(pipe: Pipeline, data: DataConfig, asked: Evaluation, scale: float) -> float:

@@ -8,14 +8,18 @@ classifier-free guidance (Ho & Salimans 2022). A table of classes may stand in f
 model folder for `ldm-sample`.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.device import pick_device, place
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import LossConfig, diffusion_loss
 from ldm.diffusion.noising import NoiseConfig, training_noise
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
@@ -31,6 +35,7 @@ from sample.pipeline import Pipeline
 from train.cache import cached_moments
 from train.columns import load_labels, load_masks
 from train.data import DataConfig, Images, batch_indices, load_images
+from train.levels import BATCH, LEVELS, denoising_errors, within
 from train.loop import Player, RunConfig
 
 
@@ -53,7 +58,9 @@ class DiffusionTaskConfig:
     column "label" of metadata.jsonl). caption_dropout: share of captions replaced by the empty one, and of
     classes by the null class. masked: weigh the loss by the pictures that the column "mask" names.
     noise: in the training steps; validation has white noise, so that losses can be compared.
-    validation_size: how many held-out images the validation loss is measured on.
+    validation_size: how many held-out images the validation loss is measured on. validation_levels: noise
+    levels sigma at which the error of denoising them is logged as well, see `levels.py`; what lies outside
+    of the schedule's levels is left out.
     """
 
     data: DataConfig
@@ -69,10 +76,13 @@ class DiffusionTaskConfig:
     caption_dropout: float = 0.1
     masked: bool = False
     validation_size: int = 256
+    validation_levels: tuple[float, ...] = LEVELS
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in 0..1, got {self.caption_dropout}")
+        if not all(0 < level < math.inf for level in self.validation_levels):
+            raise ValueError(f"validation_levels must be above 0, got {list(self.validation_levels)}")
         if self.classes is not None:
             self._check_classes(self.classes)
             return
@@ -190,6 +200,11 @@ class DiffusionTask:
         t = torch.randint(self.schedule.num_timesteps, (len(rows),), generator=rng)
         return x0, t, torch.randn(x0.shape, generator=rng)
 
+    def _context(self, ids: Tensor | None) -> Tensor | None:
+        if self.text_encoder is None or ids is None:
+            return None
+        return self.text_encoder(ids.to(self.device))
+
     def _losses(
         self,
         x0: Tensor,
@@ -200,9 +215,7 @@ class DiffusionTask:
         perturbation: Tensor | None = None,
     ) -> Tensor:
         """The loss of each sample, (B,)."""
-        context = None
-        if self.text_encoder is not None and ids is not None:
-            context = self.text_encoder(ids.to(self.device))
+        context = self._context(ids)
         x0, noise = x0.to(self.device), noise.to(self.device)
         return diffusion_loss(
             lambda x_t, t: self.unet(x_t, t, context),
@@ -227,7 +240,8 @@ class DiffusionTask:
         return self._losses(x0, t, noise, ids, mask, perturbation).mean(), {}
 
     def validate(self) -> dict[str, float]:
-        """Mean loss over held-out images, each on fixed noise and a fixed timestep."""
+        """Mean loss over held-out images, each on fixed noise and a fixed timestep; and their errors by level,
+        which are comparable between runs of other losses, predictions and seeds."""
         if len(self.heldout) == 0:
             return {}
         losses = []
@@ -235,7 +249,20 @@ class DiffusionTask:
             x0, t, noise = self._draw(self.heldout, rows, "validation", part)
             ids, mask = of_rows(self.heldout.ids, rows), of_rows(self.heldout.masks, rows)
             losses.append(self._losses(x0, t, noise, ids, mask))
-        return {"validation_loss": float(torch.cat(losses).mean())}
+        return {"validation_loss": float(torch.cat(losses).mean()), **self._level_errors()}
+
+    def _level_errors(self) -> dict[str, float]:
+        """`validation_error@SIGMA` of the held-out latents, the means of their posteriors."""
+
+        def batches() -> Iterator[tuple[Tensor, dict[str, Any]]]:
+            for rows in torch.arange(len(self.heldout)).split(BATCH):
+                x0 = self.autoencoder.scale_latents(self.heldout.mean[rows].to(self.device))
+                context = self._context(of_rows(self.heldout.ids, rows))
+                yield x0, {} if context is None else {"context": context}
+
+        levels = within(self.config.validation_levels, self.schedule)
+        errors = denoising_errors(Denoiser(self.unet, self.schedule), batches(), levels, seed=0)
+        return {f"validation_error@{level:g}": error for level, error in errors.items()}
 
     def pipeline(self) -> Pipeline:
         """The model as it stands, ready to sample; shares the weights in training."""
