@@ -13,7 +13,8 @@ from sample.model import reads_text
 
 @dataclass(frozen=True)
 class Extra:
-    """One thing read besides. channels: how many, of latents with C; text: whether it reads a text, too."""
+    """One thing read besides. channels: how many, of latents with C; text: whether it reads a text, too;
+    level: whether it is told a noise level, by a table."""
 
     name: str
     what: str  # for messages
@@ -21,6 +22,7 @@ class Extra:
     text: bool
     fixed: int = 0
     latents: int = 0  # this many times C
+    level: bool = False
 
     def channels(self, latent_channels: int) -> int:
         return self.fixed + self.latents * latent_channels
@@ -34,6 +36,7 @@ EXTRAS = {
         Extra("depth", "a depth picture", "img2img --depth", text=True, fixed=1),
         Extra("instruct", "the picture to edit", "instruct", text=True, latents=1),
         Extra("superresolution", "a small picture", "upscale", text=False, fixed=3),
+        Extra("upscaler", "a small picture with noise", "upscale", text=True, fixed=3, level=True),
     )
 }
 
@@ -47,7 +50,8 @@ def extra_of(unet: UNetConfig, autoencoder: AutoencoderConfig) -> str | None:
     if not more:
         return None
     for extra in EXTRAS.values():
-        if (extra.text, extra.channels(autoencoder.latent_channels)) == (text, more):
+        level = unet.num_classes is not None
+        if (extra.text, extra.level, extra.channels(autoencoder.latent_channels)) == (text, level, more):
             return extra.name
     known = ", ".join(
         f"{extra.channels(autoencoder.latent_channels)} for {extra.what}"

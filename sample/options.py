@@ -286,6 +286,13 @@ def add_instruct(command: argparse.ArgumentParser) -> None:
 
 def add_upscale(command: argparse.ArgumentParser) -> None:
     command.add_argument("init", metavar="IMAGE", help="small picture; a model for super-resolution reads it")
+    command.add_argument(
+        "--noise-level",
+        type=int,
+        default=20,
+        metavar="T",
+        help="noise through which Stable Diffusion's upscaler sees it, 0 to 350 (%(default)s)",
+    )
     add_making(command)
 
 

@@ -37,7 +37,8 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
         tokens = getattr(pipe.tokenizer, "context_length", 1)
         width = config.context_dim if reads_text(config) else None
         context = None if width is None else torch.zeros(2 * batch, tokens, width)
-        unet, found = fast_convolutions(unet, args.fast_conv, x, torch.zeros(batch), context)
+        y = None if config.num_classes is None else torch.zeros(batch, dtype=torch.long)
+        unet, found = fast_convolutions(unet, args.fast_conv, x, torch.zeros(batch), context, y)
         print(f"UNet: {found}", file=sys.stderr)
         left = args.fast_conv - found.bytes / 1e9
         z = torch.zeros(batch, pipe.autoencoder.config.z_channels, *shape[1:])

@@ -21,9 +21,12 @@ from ldm.diffusion.editing import (
     masked_picture,
     superresolution_channels,
 )
+from ldm.diffusion.process import add_noise
 from sample.extra_channels import EXTRAS, extra_of
 from sample.parts import Parts
 from sample.settings import Sampling, Variation
+
+MAX_NOISE_LEVEL = 350  # of the small picture, in training Stable Diffusion's upscaler
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Start:
 
     latents: of the pictures; None is noise alone. strength, exact_steps: how much of the way is taken, see
     `editing.cut`. mask: for a plain model, where it paints anew; elsewhere the latents are kept. channels:
-    what the UNet reads besides, see `extra_channels.py`. resample: see `editing.resampled`.
+    what the UNet reads besides, see `extra_channels.py`. noise_level: of the small picture among them, which
+    an upscaler is told. resample: see `editing.resampled`.
     """
 
     latents: Float[Tensor, "B C h w"] | None = None
@@ -40,7 +44,15 @@ class Start:
     exact_steps: bool = False
     mask: Bool[Tensor, "B 1 h w"] | None = None
     channels: Float[Tensor, "B D h w"] | None = None
+    noise_level: int | None = None
     resample: int = 1
+
+    def told(self, pictures: int) -> dict[str, Tensor]:
+        """What the network is told of `pictures` rows besides prompts: keywords of a denoiser."""
+        level = None if self.noise_level is None else torch.full((pictures,), self.noise_level)
+        return {
+            name: value for name, value in (("channels", self.channels), ("y", level)) if value is not None
+        }
 
     def steps(self, steps: int) -> int:
         """How many steps will be taken where `steps` are asked for."""
@@ -129,6 +141,30 @@ def mask_channels(
     assert kind is not None, "a model for inpainting"
     masked = parts.encode(masked_picture(images, mask[None], kind), seed, numbers, "masked", variation)
     return inpainting_channels(mask[None].to(masked.device), masked, kind)  # (B, 1 + C, h, w)
+
+
+def require_upscaler(parts: Parts, level: int) -> None:
+    """Raises ValueError where the UNet reads no small picture, or none with so much noise."""
+    if reads(parts) != "upscaler":
+        require_reads(parts, "superresolution")
+    elif not 0 <= level <= MAX_NOISE_LEVEL:
+        raise ValueError(f"--noise-level must be between 0 and {MAX_NOISE_LEVEL}, got {level}")
+
+
+def upscaling(
+    parts: Parts, low: Float[Tensor, "1 3 h w"], level: int, seed: int, numbers: Sequence[int]
+) -> Start:
+    """From a small picture in [-1, 1] of the latents' size; the caller has called `require_upscaler`.
+
+    level: how much noise an upscaler sees the picture through and is told of, in timesteps 0..350 (it was
+    trained on no more); without effect on a model that is told nothing. Noise conditioning augmentation, Ho
+    et al. 2021, arXiv:2106.15282, section 4.2; Stable Diffusion's has one schedule for both noises.
+    """
+    if reads(parts) != "upscaler":
+        return Start(channels=picture_channels(parts, low, numbers))
+    x0 = superresolution_channels(low).to(parts.device).expand(len(numbers), -1, -1, -1)
+    noise = parts.draw("low", tuple(x0.shape[1:]), seed, numbers)
+    return Start(channels=add_noise(x0, noise, parts.schedule.alpha_bar[level]), noise_level=level)
 
 
 def picture_channels(

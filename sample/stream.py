@@ -57,7 +57,7 @@ def stream(
     groups, runs = words.groups(), []
     for rows in groups:
         given = start if len(groups) == 1 else start.rows(rows)
-        denoise = denoiser(parts, prompts, words, rows, sampling, sigmas, given.channels)
+        denoise = denoiser(parts, prompts, words, rows, sampling, sigmas, given.told(len(rows)))
         runs.append(
             trajectory(parts, denoise, sampling, sigmas, shape, [numbers[row] for row in rows], given)
         )
@@ -86,9 +86,12 @@ def denoiser(
     rows: Sequence[int],
     sampling: Sampling,
     sigmas: Float[Tensor, "levels"],
-    channels: Float[Tensor, "B D h w"] | None,
+    more: Conditioning,
 ) -> Denoise:
-    """The guided denoiser of these rows of a batch, for prompts that change with the step too."""
+    """The guided denoiser of these rows of a batch, for prompts that change with the step too.
+
+    more: what the network is told besides prompts.
+    """
     guidance, steps = sampling.guide, len(sigmas) - 1
     if not words.contexts:  # a model that reads nothing: both predictions would be the same
         read(parts, [sampling.negative], sampling.wording, steps)  # raises where there is one
@@ -104,7 +107,7 @@ def denoiser(
         needed = guidance.image is not None or any(guiding.needs_uncond(each, rule) for each in weights)
         negative = [sampling.negative]
         uncond = read(model, negative, sampling.wording, steps, composed=False) if needed else None
-        return Told(words, uncond, rows, {} if channels is None else {"channels": channels})
+        return Told(words, uncond, rows, more)
 
     told = told_to(parts, words, rows, None if guidance.weak is not None else rule)
     if guidance.weak is not None:

@@ -1,8 +1,9 @@
 """`ldm-sample upscale IMAGE`: a small picture made large by a model for super-resolution.
 
 The UNet of Rombach et al. 2022, section 4.4, reads the small picture at the size of its latents, so that the
-result is as many times larger as its autoencoder divides by (4). To enlarge with any model, `img2img` on an
-enlarged picture or `txt2img --hires` does it.
+result is as many times larger as its autoencoder divides by (4). Stable Diffusion's x4 upscaler reads a
+prompt too, and the small picture through noise (`--noise-level`): the more, the more it invents. To enlarge
+with any model, `img2img` on an enlarged picture or `txt2img --hires` does it.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from sample import txt2img
 from sample.images import read_rgb, to_tensor
 from sample.pipeline import Pipeline
 from sample.settings import Sampling
-from sample.start import Start, picture_channels, require_reads
+from sample.start import require_upscaler, upscaling
 from sample.txt2img import Given, Repeated
 
 
@@ -30,7 +31,7 @@ def run(
 
 def given(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline, sampling: Sampling) -> Given:
     """The picture, its sides cut to multiples of what the UNet divides by."""
-    require_reads(pipe, "superresolution")
+    require_upscaler(pipe, args.noise_level)
     unit, factor = pipe.unet.config.factor, pipe.autoencoder.factor
     width, height = (side // unit * unit for side in picture.size)
     if not (width and height):
@@ -44,4 +45,4 @@ def given(args: argparse.Namespace, picture: Image.Image, pipe: Pipeline, sampli
     size = (width * factor, height * factor)
     if args.size not in (None, size):
         raise ValueError(f"--size is not for choice here: this picture becomes {size[0]}x{size[1]}")
-    return Given(size, lambda numbers: Start(channels=picture_channels(pipe, low, numbers)))
+    return Given(size, lambda numbers: upscaling(pipe, low, args.noise_level, args.seed, numbers))

@@ -62,12 +62,16 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward; each pre-normalised and residual."""
+    """Self-attention, cross-attention to the context, feed-forward; each pre-normalised and residual.
 
-    def __init__(self, dim: int, context_dim: int | None, heads: int):
+    cross_only: the first attention looks at the context too, and no position at another.
+    """
+
+    def __init__(self, dim: int, context_dim: int | None, heads: int, *, cross_only: bool = False):
         super().__init__()
+        self.cross_only = cross_only
         self.norm1 = nn.LayerNorm(dim)
-        self.attn1 = Attention(dim, None, heads)
+        self.attn1 = Attention(dim, context_dim if cross_only else None, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.attn2 = Attention(dim, context_dim, heads)
         self.norm3 = nn.LayerNorm(dim)
@@ -76,7 +80,8 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], context: Float[Tensor, "RB M E"] | None = None
     ) -> Float[Tensor, "B_out N D"]:
-        x = add(self.attn1(self.norm1(x)), x)
+        h = self.attn1(self.norm1(x), context if self.cross_only else None)
+        x = add(h, repeat_rows(x, len(h)))
         h = self.attn2(self.norm2(x), context)  # as many rows as the context
         x = add(h, repeat_rows(x, len(h)))
         return add(self.ff(self.norm3(x)), x)
@@ -98,14 +103,18 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         groups: int = 32,
         linear_projection: bool = False,
+        cross_only: bool = False,
     ):
         super().__init__()
         self.linear_projection = linear_projection
+        self.cross_only = cross_only
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = (
             nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         )
-        self.blocks = nn.ModuleList(TransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, context_dim, heads, cross_only=cross_only) for _ in range(depth)
+        )
         self.proj_out = zero_init(
             nn.Linear(channels, channels) if linear_projection else nn.Conv2d(channels, channels, 1)
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.models.attention import SpatialTransformer
 from ldm.models.unet import UNet
-from ldm.models.variants import attention_places, sharing
+from ldm.models.variants import self_attention_places, sharing
 
 LARGEST = 0.75  # three of four positions are sources
 
@@ -40,7 +40,7 @@ def merging(unet: UNet, ratio: float | int, resolutions: int = 1) -> UNet:
             f"token merging needs transformers, this UNet has {unet.config.attention!r} attention"
         )
     variant = sharing(unet)
-    places = attention_places(unet).values()
+    places = self_attention_places(unet).values()
     finest = sorted({place.factor for place in places})[:resolutions]
     for place in places:
         if place.factor in finest and ratio > 0:

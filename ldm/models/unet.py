@@ -35,6 +35,8 @@ class UNetConfig:
         (self-attention only).
     attention_resolutions: downsampling factors at which there is attention. The middle block always has it.
     context_dim: width of the context for cross-attention; None for a model without ("adm" always).
+    cross_only: downsampling factors at which transformers attend to the context alone, in self-attention's
+        place too (Stable Diffusion's x4 upscaler, whose pictures are large); never the middle block.
     head_channels: channels of a head; where None, every attention has `num_heads` heads.
     num_classes: class-conditional by an embedding table; vector_dim: conditioned on a vector by an MLP;
         pooled_context: that vector is the context's last token, which in a causal text tower has read the
@@ -51,6 +53,7 @@ class UNetConfig:
     attention_resolutions: tuple[int, ...] = (4, 2, 1)
     transformer_depth: int = 1
     context_dim: int | None = 768
+    cross_only: tuple[int, ...] = ()
     num_heads: int = 8
     head_channels: int | None = None
     linear_projection: bool = False
@@ -77,6 +80,8 @@ class UNetConfig:
             raise ValueError(
                 f"UNet attention 'adm' takes no context: context_dim {self.context_dim} must be null"
             )
+        if self.cross_only and self.context_dim is None:
+            raise ValueError(f"UNet cross_only {self.cross_only} needs a context: context_dim is null")
         for name in ("in_channels", "out_channels", "num_res_blocks", "transformer_depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"UNet {name} must be at least 1, got {getattr(self, name)}")
@@ -260,7 +265,7 @@ def add_rows(a: Float[Tensor, "A *shape"], b: Float[Tensor, "B *shape"]) -> Floa
     return repeat_rows(a, rows) + repeat_rows(b, rows)
 
 
-def attention_block(config: UNetConfig, channels: int) -> nn.Module:
+def attention_block(config: UNetConfig, channels: int, *, cross_only: bool = False) -> nn.Module:
     heads, groups = config.heads(channels), config.norm_groups
     if config.attention == "adm":
         return SelfAttentionBlock(channels, heads, groups=groups, qkv_order=config.qkv_order)
@@ -271,6 +276,7 @@ def attention_block(config: UNetConfig, channels: int) -> nn.Module:
         depth=config.transformer_depth,
         groups=groups,
         linear_projection=config.linear_projection,
+        cross_only=cross_only,
     )
 
 
@@ -298,7 +304,10 @@ class DownBlock(nn.Module):
             res_block(config, channels if i == 0 else out, out, time_dim) for i in range(depth)
         )
         attends = 2**level in config.attention_resolutions
-        self.attentions = nn.ModuleList(attention_block(config, out) for _ in range(depth if attends else 0))
+        self.attentions = nn.ModuleList(
+            attention_block(config, out, cross_only=2**level in config.cross_only)
+            for _ in range(depth if attends else 0)
+        )
         self.downsample: nn.Module | None = None
         if level < len(config.channel_mult) - 1:
             self.downsample = (
@@ -351,7 +360,8 @@ class UpBlock(nn.Module):
         )
         attends = 2**level in config.attention_resolutions
         self.attentions = nn.ModuleList(
-            attention_block(config, out) for _ in range(len(skips) if attends else 0)
+            attention_block(config, out, cross_only=2**level in config.cross_only)
+            for _ in range(len(skips) if attends else 0)
         )
         self.upsample: nn.Module | None = None
         if level > 0:

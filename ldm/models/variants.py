@@ -67,13 +67,23 @@ def _attentions(block: nn.Module) -> int:
     return len(block.attentions)
 
 
+def self_attention_places(unet: UNet) -> dict[str, Place]:
+    """Those of `attention_places` where positions attend to each other."""
+    places = attention_places(unet)
+    return {
+        name: place
+        for name, place in places.items()
+        if not getattr(unet.get_submodule(place.path), "cross_only", False)
+    }
+
+
 def chosen(unet: UNet, layers: str) -> list[Place]:
-    """The attentions that `layers` names: "mid", "down", "up", "all", a block "up.1", one attention "up.1.0",
-    or several of these with commas between.
+    """The self-attentions that `layers` names: "mid", "down", "up", "all", a block "up.1", one attention
+    "up.1.0", or several of these with commas between.
 
     Raises ValueError for a name that is of no attention here.
     """
-    places = attention_places(unet)
+    places = self_attention_places(unet)
     wanted = [name.strip() for name in layers.split(",")]
     known = list(dict.fromkeys(group for name in places for group in groups(name)))
     for name in wanted:

@@ -25,7 +25,6 @@ UNET_BUILT_IN = {
     "downsample_padding": 1,
     "mid_block_scale_factor": 1,
     "center_input_sample": False,
-    "only_cross_attention": False,
     "dual_cross_attention": False,
     "encoder_hid_dim": None,
     "addition_embed_type": None,
@@ -70,6 +69,7 @@ def unet_config(data: Json, source: str) -> UNetConfig:
         "sample_size": _one(data.get("sample_size") or 64, "sample_size", source),
         **_widths(widths, source),
     }
+    values["cross_only"] = _cross_only(data, attends, source)
     if data.get("num_class_embeds") is not None:
         values["num_classes"] = data["num_class_embeds"]
     kind = data.get("class_embed_type")
@@ -93,6 +93,14 @@ def unet_config(data: Json, source: str) -> UNetConfig:
         ),
         linear_projection=data.get("use_linear_projection", False),
     )
+
+
+def _cross_only(data: Json, attends: tuple[int, ...], source: str) -> tuple[int, ...]:
+    """The factors at which there is no self-attention; a single value of theirs is of the middle, too."""
+    told = data.get("only_cross_attention") or False
+    if told is True or data.get("mid_block_only_cross_attention"):
+        raise ValueError(f"{source}: a middle block without self-attention has no counterpart here")
+    return tuple(factor for factor in attends if told and told[factor.bit_length() - 1])
 
 
 def unet_json(config: UNetConfig) -> dict[str, Any]:
@@ -135,6 +143,7 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
             ],  # its name for the number of heads
             "transformer_layers_per_block": config.transformer_depth,
             "use_linear_projection": config.linear_projection,
+            "only_cross_attention": [2**level in config.cross_only for level in range(levels)],
         }
         if config.vector_dim is not None:
             data |= {

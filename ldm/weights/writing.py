@@ -132,7 +132,11 @@ def write_diffusers(
         scheduler = diffusers_config.scheduler_json(checkpoint.diffusion())
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if {"autoencoder", "text"} <= set(parts):
-            _write_json(folder / "model_index.json", _index(checkpoint))
+            index = _index(checkpoint)
+            _write_json(folder / "model_index.json", index)
+            if index["_class_name"] == UPSCALE:  # one schedule for both noises
+                low = {**scheduler, "_class_name": "DDPMScheduler"}
+                _write_json(folder / "low_res_scheduler" / "scheduler_config.json", low)
     _write_rest(checkpoint, folder, unread)
 
 
@@ -168,9 +172,11 @@ def _json_of(name: str, config: Config) -> dict[str, Any]:
     return writers[name](config)
 
 
+UPSCALE = "StableDiffusionUpscalePipeline"
 PIPELINES = {  # by the channels that the UNet reads besides the latents
     0: "StableDiffusionPipeline",
     1: "StableDiffusionDepth2ImgPipeline",  # the caller brings its depth estimator, which is no part of ours
+    3: UPSCALE,
     4: "StableDiffusionInstructPix2PixPipeline",
     5: "StableDiffusionInpaintPipeline",
 }
@@ -195,6 +201,7 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
+        **({"low_res_scheduler": ["diffusers", "DDPMScheduler"]} if PIPELINES[more] == UPSCALE else {}),
         "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

@@ -70,12 +70,13 @@ def ours_of(config: UNetConfig | AutoencoderConfig, theirs: nn.Module) -> nn.Mod
         ),
         ({"num_heads": 2, "transformer_depth": 2}, {"transformer_layers_per_block": 2}),
         ({"num_heads": 2, "num_classes": 10}, {"num_class_embeds": 10}),
+        ({"num_heads": 2, "cross_only": (2,)}, {"only_cross_attention": (False, True, False)}),
         (
             {"num_heads": 2, "vector_dim": 5},
             {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 5},
         ),
     ],
-    ids=["Stable Diffusion 1", "Stable Diffusion 2", "two deep", "classes", "vector"],
+    ids=["Stable Diffusion 1", "Stable Diffusion 2", "two deep", "classes", "cross only", "vector"],
 )
 def test_unet_with_context(config: dict, options: dict) -> None:
     library = pytest.importorskip("diffusers")

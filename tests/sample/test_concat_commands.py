@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.editing import concatenated
-from ldm.diffusion.process import to_sigma_scale
+from ldm.diffusion.process import add_noise, to_sigma_scale
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
 from ldm.models.clip import TextConfig, TextEncoder
@@ -56,10 +56,11 @@ def model_of(kind: str) -> Pipeline:
     """A tiny model that reads what `kind` says."""
     plain = UNetConfig(**SMALL, context_dim=None, attention="adm", out_channels=3)
     text = UNetConfig(**SMALL, context_dim=16)
+    told = UNetConfig(**SMALL, context_dim=16, num_classes=400, cross_only=(2,))
     configs = {
         "instruct": (text, 8, KL), "depth": (text, 5, KL), "inpainting": (text, 9, KL),
         "superresolution": (plain, 6, VQ), "superresolution KL": (plain, 6, KL3),
-        "ldm_inpainting": (plain, 7, VQ),
+        "ldm_inpainting": (plain, 7, VQ), "upscaler": (told, 7, KL),
     }  # fmt: skip
     unet, channels, first_stage = configs[kind]
     config = UNetConfig(**{**vars(unet), "in_channels": channels})
@@ -222,6 +223,44 @@ def test_upscale(
     assert not np.array_equal(made, session(tmp_path / "b", "upscale", tmp_path / "other.png"))
     assert read_parameters(tmp_path / "b" / "00000.png")["size"] == [48, 40]
     again(tmp_path / "b" / "00000.png", tmp_path / "again")
+
+
+@of_kind("upscaler")
+def test_upscale_by_a_model_that_is_told_the_noise(
+    session: Session, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads prompt, picture through noise of its own for each number, and the level of that."""
+    asked = ["upscale", files[0], "a fox", "-n", 2, "--guidance", 3]
+    made = session(tmp_path / "a", *asked, "--noise-level", 100)
+    assert made.shape == (128, 160, 3)
+    pipe = session.pipe
+    shape = (3, 32, 40)
+    read = add_noise(
+        image_of(files[0]).expand(2, -1, -1, -1),
+        pipe.draw("low", shape, 3, [0, 1]),
+        pipe.schedule.alpha_bar[100],
+    )
+    assert torch.equal(session.start.channels, read)
+    with torch.no_grad():
+        sigma = float(pipe.schedule.sigmas[501])
+        x = to_sigma_scale(pipe.draw("image", (4, *shape[1:]), 3, [0, 1]), sigma)
+        denoise = Denoiser(concatenated(pipe.unet), pipe.schedule)
+        told = {"channels": read, "y": torch.tensor([100, 100])}
+        uncond, cond = (
+            denoise(x, sigma, context=pipe.encode_prompts([t] * 2), **told) for t in ("", "a fox")
+        )
+    wanted = uncond + 3 * (cond - uncond)
+    assert_close(session.steps[0].denoised, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max()))
+    assert read_parameters(tmp_path / "a" / "00000.png")["noise_level"] == 100
+    again(tmp_path / "a" / "00000.png", tmp_path / "again")
+    assert not np.array_equal(made, session(tmp_path / "b", *asked))
+    fast = session(
+        tmp_path / "c", *asked, "--noise-level", 100, "--fast-conv", 1, "--pag", 1, "--token-merging", 0.5
+    )
+    assert fast.shape == made.shape
+    for level in (-1, 351):
+        told_off = session.refuses(capsys, tmp_path / "out", *asked, "--noise-level", level)
+        assert f"--noise-level must be between 0 and 350, got {level}" in told_off
 
 
 @of_kind("superresolution")

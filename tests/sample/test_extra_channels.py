@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.editing import concatenated, instruct_channels, superresolution_channels
 from ldm.diffusion.grids import make_grid
-from ldm.diffusion.process import to_sigma_scale
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.process import add_noise, to_sigma_scale
 from ldm.diffusion.samplers import ddim, find_sampler
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
 from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
@@ -27,6 +28,7 @@ KINDS = {
     "sd2_depth": "depth",
     "ldm_sr": "superresolution",
     "sd15_pix2pix": "instruct",
+    "sd_x4_upscaler": "upscaler",
 }
 
 
@@ -43,6 +45,8 @@ def test_other_channels_are_refused() -> None:
         ValueError, match="reads 3 channels besides its 4 .*text: 5 for a mask and .*1 for a "
     ):
         extra_of(UNetConfig(in_channels=7), AutoencoderConfig())
+    with pytest.raises(ValueError, match="reads 5 channels"):
+        extra_of(UNetConfig(in_channels=9, num_classes=1000), AutoencoderConfig())
     plain = UNetConfig(in_channels=8, context_dim=None, attention="adm")
     with pytest.raises(ValueError, match="reads 4 channels .*read no text: 5 for the masked picture and a"):
         extra_of(plain, AutoencoderConfig())
@@ -88,6 +92,54 @@ def test_superresolution_as_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close((made + 1) / 2, expected, rtol=0, atol=1e-4)
     *_, other = ddim(lambda x, sigma: denoise(x, sigma, channels=-channels), start, sigmas)
     assert float((other.sample - last.sample).abs().max()) > 0.1  # the channels count
+
+
+@torch.no_grad()
+def test_upscaler_as_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal weights, noises, small picture and noise level through guided steps of DDIM."""
+    library = pytest.importorskip("diffusers")
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale as module
+
+    kind = find_kind("sd_x4_upscaler").config
+    assert kind.unet is not None and kind.autoencoder is not None and kind.diffusion is not None
+    unet_config = replace(kind.unet, model_channels=32, norm_groups=8, context_dim=16)
+    vae_config = replace(kind.autoencoder, base_channels=8, norm_groups=4)
+    weights, data = filled(unet_config, UNET_PREFIX), diffusers_config.unet_json(unet_config)
+    unet, their_unet = UNet(unet_config), library.UNet2DConditionModel.from_config(data)
+    unet.load_state_dict(weights)
+    their_unet.load_state_dict(diffusers.to_diffusers(weights, unet_config))
+    vae = library.AutoencoderKL.from_config(diffusers_config.autoencoder_json(vae_config))
+    settings = diffusers_config.scheduler_json(kind.diffusion)
+    schedulers = [each.from_config(settings) for each in (library.DDPMScheduler, library.DDIMScheduler)]
+    pipe = library.StableDiffusionUpscalePipeline(vae.eval(), None, None, their_unet.eval(), *schedulers)
+    pipe.set_progress_bar_config(disable=True)
+
+    low, noise, low_noise = (
+        torch.rand(2, 3, 16, 24) * 2 - 1,
+        torch.randn(2, 4, 16, 24),
+        torch.randn(2, 3, 16, 24),
+    )
+    uncond, cond = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    monkeypatch.setattr(module, "randn_tensor", lambda *shape, **how: low_noise)
+    expected = pipe(
+        image=(low + 1) / 2, prompt_embeds=cond, negative_prompt_embeds=uncond, latents=noise, noise_level=120,
+        num_inference_steps=4, guidance_scale=5.0, output_type="latent",
+    ).images  # fmt: skip
+
+    schedule = Schedule(kind.diffusion)
+    denoise = Denoiser(concatenated(unet), schedule)
+    read = add_noise(superresolution_channels(low), low_noise, schedule.alpha_bar[120])
+    sigmas = make_grid(schedule, find_sampler("ddim").spacing, 4)
+
+    def sampled(level: int) -> torch.Tensor:
+        told = {"channels": read, "y": torch.tensor([level, level])}
+        guided = classifier_free(denoise, {"context": cond, **told}, {"context": uncond, **told}, 5.0)
+        *_, last = ddim(guided, to_sigma_scale(noise, float(sigmas[0])), sigmas)
+        return last.sample
+
+    made = sampled(120)
+    assert_close(made, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert float((sampled(0) - made).abs().max()) > 1e-3 * float(expected.abs().max())  # the level counts
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ from ldm.weights.writing import PIPELINES, convert
 
 # Parameters of the UNets: FACTS.md 7; Stable Diffusion's with 4 x 320 x 9 weights more
 COUNTS = {"ldm_inpainting": 387_245_827, "ldm_sr": 113_622_563, "sd15_pix2pix": 859_520_964 + 4 * 320 * 9}
-CHANNELS = {"ldm_inpainting": (7, 3), "ldm_sr": (6, 3), "sd15_pix2pix": (8, 4)}
+COUNTS["sd_x4_upscaler"] = 473_398_020
+CHANNELS = {"ldm_inpainting": (7, 3), "ldm_sr": (6, 3), "sd15_pix2pix": (8, 4), "sd_x4_upscaler": (7, 4)}
 FIRST_STAGES = {"ldm_inpainting": "vq_f4_noattn", "ldm_sr": "vq_f4", "sd15_pix2pix": "kl_f8"}
 
 
@@ -50,7 +51,8 @@ def test_parameters_channels_and_first_stage(kind: str) -> None:
     config = unet_of(kind)
     assert sum(shape.numel() for shape in shapes(config).values()) == COUNTS[kind]
     assert (config.in_channels, config.out_channels) == CHANNELS[kind]
-    assert find_kind(kind).config.autoencoder == find_kind(FIRST_STAGES[kind]).config.autoencoder
+    if kind in FIRST_STAGES:
+        assert find_kind(kind).config.autoencoder == find_kind(FIRST_STAGES[kind]).config.autoencoder
 
 
 @pytest.mark.parametrize("kind", COUNTS)
@@ -68,8 +70,9 @@ def test_round_trip_of_names(kind: str) -> None:
     unet = UNet(config)
     unet.load_state_dict(ours)
     context = None if config.context_dim is None else named_input("context", 1, 5, config.context_dim)
+    y = None if config.num_classes is None else torch.tensor([20])
     with torch.no_grad():
-        made = unet(named_input("x", 1, config.in_channels, 8, 8), torch.tensor([7.0]), context)
+        made = unet(named_input("x", 1, config.in_channels, 8, 8), torch.tensor([7.0]), context, y)
     assert made.shape == (1, config.out_channels, 8, 8)
 
 
@@ -84,7 +87,7 @@ def test_names_of_the_original() -> None:
     assert compvis.UNET_PREFIX + "input_blocks.3.0.op.weight" in names
 
 
-@pytest.mark.parametrize("kind", ["ldm_sr", "sd15_pix2pix"])
+@pytest.mark.parametrize("kind", ["ldm_sr", "sd15_pix2pix", "sd_x4_upscaler"])
 def test_one_forward_beside_diffusers(kind: str) -> None:
     library = pytest.importorskip("diffusers")
     config = small(kind)
@@ -96,8 +99,9 @@ def test_one_forward_beside_diffusers(kind: str) -> None:
     x, t = named_input("x", 2, config.in_channels, 16, 16), torch.tensor([1, 981])
     context = None if config.context_dim is None else named_input("context", 2, 5, config.context_dim)
     more = {} if context is None else {"encoder_hidden_states": context}
+    y = None if config.num_classes is None else torch.tensor([20, 350])
     with torch.no_grad():
-        made, expected = ours(x, t, context), theirs(x, t, **more).sample
+        made, expected = ours(x, t, context, y), theirs(x, t, **more, class_labels=y).sample
     assert float(expected.std()) > 0.01
     assert_close(made, expected, rtol=0, atol=1e-5)
     found = diffusers_config.unet_config(data, "it")  # which lists the resolutions in another order

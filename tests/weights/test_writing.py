@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from ldm.config import to_dict
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.tokenizer import Tokenizer, vocabulary
+from ldm.models.unet import UNetConfig
 from ldm.weights import compvis
 from ldm.weights.diffusers_config import diffusion_config, scheduler_json
 from ldm.weights.kinds import find_kind
@@ -129,7 +130,12 @@ def test_diffusers_loads_it_and_draws_the_same_picture(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("channels", "name"), [(9, "StableDiffusionInpaintPipeline"), (5, "StableDiffusionDepth2ImgPipeline")]
+    ("channels", "name"),
+    [
+        (9, "StableDiffusionInpaintPipeline"),
+        (5, "StableDiffusionDepth2ImgPipeline"),
+        (7, "StableDiffusionUpscalePipeline"),
+    ],
 )
 def test_inpainting_and_depth_models_are_such_in_diffusers_too(
     tmp_path: Path, channels: int, name: str
@@ -138,18 +144,25 @@ def test_inpainting_and_depth_models_are_such_in_diffusers_too(
     library = pytest.importorskip("diffusers")
     kind = find_kind("tiny_sd15").config
     assert kind.unet is not None
-    changed = to_dict(replace(kind, unet=replace(kind.unet, in_channels=channels)))
+    table = {"num_classes": 400} if channels == 7 else {}
+    changed = to_dict(replace(kind, unet=replace(kind.unet, in_channels=channels, **table)))
     (tmp_path / "kind.yaml").write_text(yaml.safe_dump(changed))
     tensors = single_file("tiny_sd15", torch.float16)
     tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"] = torch.randn(32, channels, 3, 3).half()
+    if table:
+        tensors[f"{compvis.UNET_PREFIX}label_emb.weight"] = torch.randn(400, 128).half()
     file = save(tmp_path / "m.safetensors", tensors)
     checkpoint = open_checkpoint(file, kind=str(tmp_path / "kind.yaml"))
     folder = convert(checkpoint, tmp_path / "folder", "diffusers")
-    estimator = {} if channels == 9 else {"depth_estimator": None, "feature_extractor": None}
+    estimator = {"depth_estimator": None, "feature_extractor": None} if channels == 5 else {}
     pipe = library.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **estimator)
     assert type(pipe) is getattr(library, name)
     weight = pipe.unet.conv_in.weight
     assert torch.equal(weight.half(), tensors[f"{compvis.UNET_PREFIX}input_blocks.0.0.weight"])
+    if table:
+        assert pipe.low_res_scheduler.config.num_train_timesteps == 1000
+        back = open_checkpoint(folder).require("unet")
+        assert isinstance(back.config, UNetConfig) and back.config.num_classes == 400
 
 
 def test_a_flow_is_told_to_diffusers_and_back() -> None:
