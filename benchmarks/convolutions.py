@@ -2,6 +2,7 @@
 
     python -m benchmarks.convolutions                    the shapes of Stable Diffusion 1.5's UNet, batch 2
     python -m benchmarks.convolutions --network decoder  of its decoder, 64x64 latents to 512x512
+    python -m benchmarks.convolutions --network emoji    the shapes of the shipped model, 4 pictures
 
 A row is one shape of layer with random weights. `rule` is the gain that `fast_convolutions` expects, by which
 it chooses; `measured` is the gain found here. Errors are relative, against the convolution in float64. Layers
@@ -22,6 +23,7 @@ from ldm.models.autoencoder import AutoencoderConfig, Decoder
 from ldm.models.blocks import Upsample
 from ldm.models.fast_conv import ConvShape, WinogradConv2d, conv_shapes
 from ldm.models.unet import UNet, UNetConfig
+from sample.pipeline import Pipeline
 
 TOKENS = 77
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -76,7 +78,16 @@ def shapes_of(build: Callable[[], nn.Module], *inputs: Tensor) -> Counter[ConvSh
     return Counter(conv_shapes(module, *inputs, device="meta").values())
 
 
-NETWORKS = {"unet": unet_shapes, "decoder": decoder_shapes}
+def emoji_shapes() -> Counter[ConvShape]:
+    """Of the shipped model, 4 pictures."""
+    unet = Pipeline.load("emoji", "cpu").unet
+    config = unet.config
+    x = torch.zeros(4, config.in_channels, config.sample_size, config.sample_size)
+    context = torch.zeros(8, TOKENS, config.context_dim or 0)
+    return Counter(conv_shapes(unet, x, torch.zeros(4), context).values())
+
+
+NETWORKS = {"unet": unet_shapes, "decoder": decoder_shapes, "emoji": emoji_shapes}
 
 
 def tiny() -> Counter[ConvShape]:

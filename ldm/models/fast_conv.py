@@ -184,11 +184,12 @@ class ConvShape:
 
     @property
     def winograd(self) -> float:
-        """Cost of the product, whose kernel is four times as large, of both transforms, and of copies."""
+        """Cost of the product, whose kernel is four times as large, of both transforms, of copies, and of any
+        call, however small."""
         product = PRODUCTS * self.in_channels * self.out_channels * (self.tiles + 19)
         ways = PRODUCTS * (PRODUCTS * self.in_channels + OUT**2 * self.out_channels) * self.tiles
         copied = OUT**2 * (self.in_channels + self.out_channels) * self.tiles
-        return product + 6.0 * ways + 130.0 * copied
+        return product + 6.0 * ways + 130.0 * copied + 4.5e7
 
     @property
     def gain(self) -> float:

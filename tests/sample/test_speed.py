@@ -1,6 +1,7 @@
 """The speed options through the command: each reaches the network that sampling evaluates, and does what it says."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm.models.deep_cache import DeepCache
-from ldm.models.fast_conv import WinogradConv2d
+from ldm.models.fast_conv import WinogradConv2d, fast_convolutions
 from ldm.models.token_merging import MergedAttention
 from ldm.models.unet import UNet
 from ldm.models.variants import sharing
@@ -39,8 +40,22 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
     return loaded
 
 
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast convolutions for every layer, also where they do not pay: in the shipped model, nowhere."""
+    monkeypatch.setattr(speed, "fast_convolutions", partial(fast_convolutions, least=0))
+
+
+def test_fast_convolutions_only_where_they_pay(
+    tmp_path: Path, used: list[Pipeline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture(tmp_path, "--fast-conv", 1, "-n", 4)
+    assert "UNet: 0 of 26 3x3 convolutions" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_fast_convolutions(tmp_path: Path, used: list[Pipeline], capsys: pytest.CaptureFixture[str]) -> None:
-    """Some layers in the other form, in UNet and decoder's share; the same picture but for rounding."""
+    """The layers in the other form, in UNet and decoder; the same picture but for rounding."""
     plain = picture(tmp_path / "a")
     assert used[0].network is used[0].unet
     fast = picture(tmp_path / "b", "--fast-conv", 1)
@@ -92,6 +107,7 @@ def test_token_merging(tmp_path: Path, used: list[Pipeline]) -> None:
     assert 0 < np.abs(merged - plain).mean() < 25
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_all_at_once(tmp_path: Path, used: list[Pipeline], compiled: list[UNet]) -> None:
     options = ["--fast-conv", 1, "--compile", "--deep-cache", "2:1", "--token-merging", 0.5]
     assert np.abs(picture(tmp_path / "a", *options) - picture(tmp_path / "b")).mean() < 25
