@@ -43,7 +43,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Pipeline]:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast convolutions for every layer, also where they do not pay: in the shipped model, nowhere."""
-    monkeypatch.setattr(speed, "fast_convolutions", partial(fast_convolutions, least=0))
+    monkeypatch.setattr(speed, "fast_convolutions", partial(fast_convolutions, least=0.0))
 
 
 def test_fast_convolutions_only_where_they_pay(
