@@ -1,4 +1,5 @@
-"""Measures of pictures, as functions of tensors: PSNR, SSIM, and which of a set is nearest to another.
+"""Measures of pictures, as functions of tensors: PSNR, SSIM, which of a set is nearest to another, and how
+far two sets of features cover each other.
 
 Used by the autoencoder's training, `ldm-sample reconstruct` and `ldm-sample evaluate`.
 """
@@ -73,3 +74,30 @@ def nearest_ranks(
     best = distance.masked_fill(~right, torch.inf).amin(dim=1, keepdim=True)  # (Q, 1)
     ranks = (distance < best).sum(dim=1)
     return torch.where(best[:, 0].isinf(), distance.shape[1], ranks)
+
+
+def nearest_others(features: Float[Tensor, "N D"], k: int = 1) -> Float[Tensor, " N"]:
+    """The distance (as in `distances`) of each to its k-th nearest other one of the same set, which must hold
+    more than k."""
+    return distances(features, features).kthvalue(k + 1, dim=1).values  # the nearest is itself
+
+
+def precision_recall(
+    real: Float[Tensor, "N D"], fake: Float[Tensor, "M D"], k: int = 3
+) -> tuple[float, float]:
+    """Precision and recall of a set of samples (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1 to 3).
+
+    A set stands for the union of balls around its members, each reaching to the k-th nearest other member.
+    Precision is the share of `fake` that lies in the balls of `real` (pictures that could be real), recall
+    that of `real` in the balls of `fake` (what can be made at all). Both are 1 for equal sets. Balls shrink
+    as sets grow, so compare sets of about equal size. Raises ValueError for sets of at most k.
+    """
+    for name, features in (("real", real), ("fake", fake)):
+        if len(features) <= k:
+            raise ValueError(
+                f"{len(features)} {name} pictures are too few for precision and recall with k = {k}"
+            )
+    between = distances(fake, real)  # (M, N)
+    precision = (between <= nearest_others(real, k)).any(dim=1).float().mean()
+    recall = (between <= nearest_others(fake, k)[:, None]).any(dim=0).float().mean()
+    return float(precision), float(recall)

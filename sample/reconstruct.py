@@ -17,22 +17,22 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.device import pick_device, pick_dtype
-from ldm.losses.perceptual import LPIPS, SMALLEST_IMAGE, load_lpips
+from ldm.losses.perceptual import HED, LPIPS, SMALLEST_IMAGE, load_perceptual
 from ldm.metrics import WINDOW, psnr, ssim
 from ldm.models.autoencoder import Autoencoder
-from ldm.weights.io import read_metadata
 from ldm.weights.reading import open_checkpoint
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.model import find_model
 
 LPIPS_FILE = "lpips_vgg16.safetensors"  # in a folder given instead of the file
+MEASURES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "vgg_distance": "VGG distance"}
 
 
 def run(args: argparse.Namespace) -> None:
     """Reconstruct each picture, write the pairs, print how near each is, the means, and the latents'
     statistics."""
     out = output_folder(args.out)
-    lpips, trunk = open_lpips(args.lpips) if args.lpips else (None, "")
+    lpips = open_lpips(args.lpips) if args.lpips else None
     originals = [read_rgb(Path(name)) for name in args.images]
     checkpoint = open_checkpoint(find_model(args.model), kind=args.kind)
     autoencoder = checkpoint.require("autoencoder").load(pick_dtype(args.dtype), args.allow_nan)
@@ -46,43 +46,46 @@ def run(args: argparse.Namespace) -> None:
         reconstruction = to_pil(decoded)[0]
         row = compare(to_tensor(original)[None], decoded, lpips)
         parameters = {"command": "reconstruct", "image": name, "model": args.model, **row}
+        if lpips is not None:
+            parameters["trunk"] = lpips.trunk
         path = save_new(grid([original, reconstruction], columns=2), out, "reconstruct-", 4, parameters)
         rows.append(row)
         latents.append(rearrange(z, "1 c h w -> c (h w)"))
         print(f"{row['psnr']:6.2f} dB  {'  '.join([*told(row), name])} -> {path}")
-    means = {key: mean(rows, key) for key in ("psnr", "ssim", "lpips") if any(key in row for row in rows)}
+    means = {key: mean(rows, key) for key in MEASURES if any(key in row for row in rows)}
     last = [f"mean PSNR of {len(rows)}", *told(means), f"latents {statistics(torch.cat(latents, dim=1))}"]
-    print(f"{means['psnr']:6.2f} dB  {'  '.join(last)}{f'  (LPIPS on {trunk})' if trunk else ''}")
+    if lpips is not None:
+        last.append(f"({lpips.label} on {lpips.trunk})")
+    print(f"{means['psnr']:6.2f} dB  {'  '.join(last)}")
 
 
-def open_lpips(name: str) -> tuple[LPIPS, str]:
-    """The network in the file `name`, or in a file of the usual name in this folder, and what its trunk was
-    trained on. Raises FileNotFoundError or ValueError for a damaged or foreign file."""
+def open_lpips(name: str) -> LPIPS:
+    """The network in the file `name`, or in a file of the usual name in this folder; or "hed", see
+    `load_perceptual`. Raises as it does."""
+    if name.partition(":")[0] == HED:
+        return load_perceptual(name)
     path = Path(name).expanduser()
-    path = path / LPIPS_FILE if path.is_dir() else path
-    network = load_lpips(path)
-    header = read_metadata(path).get("lpips")
-    return network, str(header.get("trunk", "unknown")) if isinstance(header, dict) else "unknown"
+    return load_perceptual(path / LPIPS_FILE if path.is_dir() else path)
 
 
 @torch.no_grad()
 def compare(
     image: Float[Tensor, "1 3 H W"], decoded: Float[Tensor, "1 3 H W"], lpips: LPIPS | None = None
 ) -> dict[str, float]:
-    """`psnr`, `ssim` and `lpips` of a picture and its reconstruction; the last two where it is not too small
-    for them."""
+    """`psnr`, `ssim` and `lpips` (`vgg_distance` by the network that stands in for it) of a picture and its
+    reconstruction; the last two where it is not too small for them."""
     decoded, smallest = decoded.clamp(-1, 1), min(image.shape[-2:])
     values = {"psnr": float(psnr(image, decoded))}
     if smallest >= WINDOW:
         values["ssim"] = float(ssim(image, decoded))
     if lpips is not None and smallest >= SMALLEST_IMAGE:
-        values["lpips"] = float(lpips(image, decoded))
+        values[lpips.label.lower().replace(" ", "_")] = float(lpips(image, decoded))
     return values
 
 
 def told(row: dict[str, float]) -> list[str]:
     """What a line says beside the PSNR."""
-    return [f"{key.upper()} {row[key]:.4f}" for key in ("ssim", "lpips") if key in row]
+    return [f"{name} {row[key]:.4f}" for key, name in MEASURES.items() if key in row and key != "psnr"]
 
 
 def mean(rows: list[dict[str, float]], key: str) -> float:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 AutoencoderTiny = pytest.importorskip("diffusers").AutoencoderTiny
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benchmarks` is
 
-from benchmarks import autoencoder, common, convolutions, loading, options, sampling, unet  # noqa: E402
+from benchmarks import (  # noqa: E402
+    autoencoder,
+    common,
+    convolutions,
+    loading,
+    options,
+    sampling,
+    training,
+    unet,
+)
 from ldm.weights.tiny import load_tiny_autoencoder  # noqa: E402
 
 MACHINE = {"cpu", "cores", "threads", "memory_gib", "load", "matmul_gflops", "python", "torch", "diffusers"}
@@ -90,6 +99,30 @@ def test_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 1e-3 < rows["--dtype bfloat16"]["error"] < 0.2
     assert rows["--deep-cache 3"]["error"] > 1e-3
     assert options.main(["--quick", "--only", "fats", "--out", str(tmp_path / "x")]) == 2
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["what"]: row for row in quick(training, tmp_path, capsys)}
+    assert list(rows) == [training.END_TO_END, training.STEP, training.OURS, training.LOADER]
+    for row in rows.values():
+        assert row["images_per_second"] == pytest.approx(4 / row["rounds"][0])
+        assert row["times_step_only"] == rows[training.STEP]["rounds"][0] / row["rounds"][0]
+        assert row["difference"] < 1e-4  # of the networks, in float32
+    ours, loader = rows[training.OURS], rows[training.LOADER]
+    assert ours["mib"] > 20 * ours["parameters"] / 2**20  # weights, gradients, optimiser and average
+    assert loader["times_the_step"] > 5
+    with torch.device("meta"):
+        assert training.count(unet.UNet(training.SIZES["sd15"].unet)) == 859_520_964
+        assert 13e6 < training.count(unet.UNet(training.SIZES["13m"].unet)) < 14e6
+
+
+def test_training_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "BYTES", 2**20)
+    with pytest.raises(
+        ValueError, match=r"training 897,\d+,\d+ parameters needs \d+ GiB, of which \d+ are free"
+    ):
+        training.require_memory("sd15", training.SIZES["sd15"])
+    training.require_memory("13m", training.SIZES["13m"])
 
 
 def test_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

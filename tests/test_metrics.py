@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.metrics import psnr, ssim
+from ldm.metrics import distances, nearest_others, precision_recall, psnr, ssim
 
 
 def by_the_formula(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
@@ -73,9 +73,10 @@ def test_ssim_equals_torchmetrics() -> None:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     images, others = pairs(24, 31)
-    expected = structural_similarity_index_measure(
-        others, images, sigma=1.5, kernel_size=11, data_range=2.0, reduction="none"
+    _, maps = structural_similarity_index_measure(
+        others, images, sigma=1.5, kernel_size=11, data_range=2.0, reduction="none", return_full_image=True
     )
+    expected = maps[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))  # where the window fits; theirs goes on over mirrors
     assert_close(ssim(images, others), expected, rtol=0, atol=1e-4)
 
 
@@ -121,3 +122,71 @@ def test_psnr_closed_form() -> None:
     images = torch.full((2, 3, 4, 4), 0.9)
     others = torch.stack([torch.full((3, 4, 4), 0.7), torch.full((3, 4, 4), 1.5)])
     assert_close(psnr(images, others), torch.tensor([20.0, 10 * np.log10(4 / 0.01)], dtype=torch.float32))
+
+
+# --- sets of features ---------------------------------------------------------------------------------------
+
+
+def test_nearest_others_on_a_line() -> None:
+    points = torch.tensor([[0.0], [1.0], [3.0], [7.0], [7.0]])
+    assert nearest_others(points).tolist() == [1, 1, 2, 0, 0]  # the last two are each other's, not their own
+    assert nearest_others(points, k=3).tolist() == [7, 6, 4, 6, 6]
+
+
+def test_precision_and_recall_of_equal_sets_are_1() -> None:
+    points = torch.randn(30, 8)
+    assert precision_recall(points, points) == (1.0, 1.0)
+    assert precision_recall(points, points.flip(0)) == (1.0, 1.0)
+
+
+def test_precision_and_recall_of_sets_far_apart_are_0() -> None:
+    points = torch.randn(30, 8)
+    assert precision_recall(points, points + 100) == (0.0, 0.0)
+
+
+def test_precision_and_recall_of_overlapping_sets() -> None:
+    """Two far places 0 and 1, a cluster of 10 at each: which sets hold which is known."""
+    here, there = torch.rand(10, 3) * 0.01, torch.rand(10, 3) * 0.01 + 100
+    both = torch.cat([here, there])
+    assert precision_recall(both, torch.cat([here, here])) == (1.0, 0.5)  # samples all real, half is missing
+    assert precision_recall(torch.cat([here, here]), both) == (0.5, 1.0)  # half of the samples is not real
+
+
+def test_precision_and_recall_on_a_line() -> None:
+    """Points 0, 1, ..., 9 with k = 2: balls of radius 1, of 2 at both ends."""
+    real = torch.arange(10.0)[:, None]
+    fake = torch.tensor([[-2.0], [-2.5], [10.9], [11.5], [4.5]])
+    # In: -2 and 10.9 (distance 2 and 1.9 of an end), 4.5. Radii of the fakes, whose second-nearest other
+    # ones are 4.5, 4.5, 4.5, 4.5 (6.5, 7, 6.4 and 7 away) and 10.9 or -2 (6.5 and 6.4 away)
+    precision, recall = precision_recall(real, fake, k=2)
+    assert precision == pytest.approx(3 / 5)
+    assert recall == 1.0
+
+
+def test_precision_and_recall_follow_their_equations() -> None:
+    """Kynkaanniemi et al. 2019, equations 1 to 3, written out."""
+    real, fake = torch.randn(25, 4), 1.3 * torch.randn(20, 4) + 0.5
+
+    def covered(points: torch.Tensor, by: torch.Tensor) -> float:
+        inside = 0
+        for point in points:
+            for i, other in enumerate(by):
+                others = torch.cat([by[:i], by[i + 1 :]])
+                radius = (others - other).norm(dim=1).sort().values[2]
+                if (point - other).norm() <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    expected = covered(fake, by=real), covered(real, by=fake)
+    assert all(0.2 < value < 1 for value in expected)
+    assert precision_recall(real, fake) == pytest.approx(expected)
+
+
+def test_precision_and_recall_want_more_than_k() -> None:
+    with pytest.raises(ValueError, match="3 fake pictures are too few for precision and recall with k = 3"):
+        precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
+
+
+def test_distances_are_root_mean_squares() -> None:
+    assert_close(distances(torch.zeros(1, 4), torch.full((1, 4), 3.0)), torch.tensor([[3.0]]))

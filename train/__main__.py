@@ -2,7 +2,8 @@
 
 Reads one YAML file and overrides into the task's dataclass, builds the task, hands it to the loop. Bad
 input ends in one line and exit code 2, as does what stops a run: a full disk, too little memory, a loss that
-is not finite. CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with 143).
+is not finite. CTRL-C saves, says how to go on, and ends with 130 (SIGTERM with 143). Several processes train
+one model by `torchrun --nproc-per-node N -m train TASK CONFIG`, see `distributed.py`.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sample.cli import Parser, out_of_memory, run
+from sample.cli import FAILED, Parser, out_of_memory, run
 
 if TYPE_CHECKING:
     from train.loop import Task
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms, as data.path=FOLDER")
     study.add_argument("--out", metavar="DIR", help="of all runs and the table (default runs/ablations/NAME)")
     study.add_argument("--table-only", action="store_true", help="of the finished runs, train nothing")
+    study.add_argument("--dry-run", action="store_true", help="build and count each arm, train nothing")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main
@@ -83,25 +85,33 @@ def build_task(name: str, config: str, overrides: list[str]) -> "Task":
 
 
 def run_training(args: argparse.Namespace) -> int:
+    from train.distributed import Elsewhere, is_first, together
     from train.loop import Interrupted, command_line, train
     from train.plan import memory_advice, plan
 
-    task = build_task(args.command, args.config, args.overrides)
+    try:
+        with together():
+            task = build_task(args.command, args.config, args.overrides)
+    except Elsewhere:
+        return FAILED
+    say = print if is_first() else lambda *_, **__: None
     if args.dry_run:
-        print(plan(task))
+        say(plan(task))
         return 0
     for name, player in task.players.items():
-        print(f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train")
+        say(f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train")
     try:
         folder = train(task, args.resume, command_line(args.command, args.config, args.overrides))
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        say(stop, file=sys.stderr)
         return 128 + stop.signum
+    except Elsewhere:
+        return FAILED
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         raise ValueError(memory_advice(task)) from error
-    print(f"trained; the model is in {folder}")
+    say(f"trained; the model is in {folder}")
     return 0
 
 
@@ -141,8 +151,12 @@ def run_ablate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     others = {"prepare": run_prepare, "report": run_report, "ablate": run_ablate}
-    action = others.get(args.command, run_training)
-    return run("ldm-train", lambda: action(args), debug=args.debug)
+    if args.command in others:
+        return run("ldm-train", lambda: others[args.command](args), debug=args.debug)
+    from train.distributed import launched
+
+    with launched():
+        return run("ldm-train", lambda: run_training(args), debug=args.debug)
 
 
 if __name__ == "__main__":

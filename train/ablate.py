@@ -40,6 +40,7 @@ from train import levels
 from train.ablation_table import Arm, Result, write_report
 from train.data import DataConfig, load_images, to_float
 from train.loop import Interrupted, RunConfig, Task, train
+from train.plan import plan as dry_run
 from train.statistics import MOST
 from train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
@@ -155,6 +156,9 @@ def ablate(args: argparse.Namespace) -> int:
     lines = check_factor(study, {run.arm: run.config for run in runs})
     for run in runs:
         check_unchanged(run)
+    if args.dry_run:
+        print(plans(study, runs, lines, out))
+        return 0
     command = shlex.join(["ldm-train", "ablate", args.config, *args.overrides])
     if args.out:
         command += f" --out {shlex.quote(str(args.out))}"
@@ -205,6 +209,17 @@ def plan(study: Ablation, overrides: list[str], out: Path) -> list[Run]:
             run = replace(config.run, out=str(out / arm / f"seed-{seed}"), seed=seed)
             runs.append(Run(arm, seed, replace(config, run=run)))
     return runs
+
+
+def plans(study: Ablation, runs: list[Run], lines: dict[str, str], out: Path) -> str:
+    """What the study would take: how each arm differs, and the dry run of its first seed."""
+    told = []
+    for run in runs[: len(study.arms)]:
+        told.append(f"arm {run.arm}: {lines[run.arm] or 'the baseline'}")
+        told += [f"  {line}" for line in dry_run(build(run.config)).splitlines()]
+    done = sum(ready(run, study.evaluate) for run in runs)
+    count = f"{len(runs)} runs ({len(study.arms)} arms, {len(study.seeds)} seeds), {done} of them finished"
+    return "\n".join([*told, f"{count}; then table.md, table.csv and figure.svg into {out}"])
 
 
 def with_changes(config: Any, changes: list[str], source: str) -> Any:

@@ -12,7 +12,7 @@ from einops import reduce
 from jaxtyping import Float32
 from torch import Tensor
 
-from sample.images import read_rgb
+from train.buckets import Shape, read_cut
 from train.data import METADATA, DataConfig
 
 
@@ -38,22 +38,25 @@ def read_column(config: DataConfig, column: str, files: list[str]) -> list[Any]:
     return [values.get(file) for file in files]
 
 
-def load_masks(config: DataConfig, files: list[str], factor: int) -> Float32[Tensor, "N 1 h w"]:
+def load_masks(
+    config: DataConfig, files: list[str], factor: int, shape: Shape | None = None
+) -> Float32[Tensor, "N 1 h w"]:
     """Weights in [0, 1] of the latents' places: the mask's mean over the `factor` x `factor` pixels of each.
 
     A mask is a picture file of the folder, white where the picture counts, of its picture's proportions (it
-    is cut and resized as the picture is). A picture without one counts everywhere. Raises ValueError for a
-    mask that is no such file, and as `read_column`.
+    is cut and resized as the picture is: to a square, or to `shape`). A picture without one counts
+    everywhere. Raises ValueError for a mask that is no such file, and as `read_column`.
     """
     names, root = read_column(config, "mask", files), Path(config.path).expanduser()
-    side = config.size // factor
-    masks = torch.ones(len(files), 1, side, side)
+    width, height = shape or (config.size, config.size)
+    masks = torch.ones(len(files), 1, height // factor, width // factor)
     for index, name in enumerate(names):
         if name is None:
             continue
         if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
             raise ValueError(f"{root / METADATA}: mask {name!r:.60} is no file name inside the folder")
-        pixels = torch.from_numpy(np.array(read_rgb(root / name, config.size))).float() / 255  # (H, W, 3)
+        picture = read_cut(root / name, (width, height))
+        pixels = torch.from_numpy(np.array(picture)).float() / 255  # (H, W, 3)
         masks[index, 0] = reduce(pixels, "(h f) (w g) c -> h w", "mean", f=factor, g=factor)
     return masks
 

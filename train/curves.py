@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from ldm.weights.io import write_atomically
+from train.page_style import LIGHT, style
 
 Point = tuple[float, float]
 Points = list[Point]  # (step, value), steps ascending
@@ -30,10 +31,8 @@ SMOOTHED_FROM = 8  # points; fewer are joined as they are
 DRAWN = 600  # points of a curve at most; of more, the lowest and the highest of each stretch
 LOG_RATIO = 30.0  # a positive curve that spans more is drawn on a logarithmic axis, but for
 LINEAR = ("lr", "images_per_second")
+LEVEL = "validation_error@"  # before the noise level, in the name of a number (see `levels.py`)
 
-# Okabe and Ito's colours, which are told apart by colour-blind readers too; for light and for dark pages.
-LIGHT = ("#0072b2", "#d55e00", "#009e73", "#c05a94", "#2e9bd6", "#b87f00", "#6f5bd0", "#6b6b6b")
-DARK = ("#4aa8e0", "#ff8a3d", "#2fd0a0", "#f0a6cc", "#9ad7ff", "#ffc14d", "#a99bff", "#b5b5b5")
 DASHES = ("", "7 3", "2 3")  # of runs 1-8, 9-16, 17-24
 
 WIDTH, HEIGHT = 640, 280
@@ -214,26 +213,54 @@ def axis_of(values: Sequence[float], may_be_log: bool = True) -> Axis:
 def chart(metric: str, runs: Sequence[Run]) -> str:
     """The curves of one number of all runs that have it, as an SVG figure."""
     curves = {index: run.curves[metric] for index, run in enumerate(runs) if metric in run.curves}
-    every = [point for points in curves.values() for point in points]
-    last = max(step for step, _ in every)
-    x, y = Axis(0.0, max(last, 1.0)), axis_of([value for _, value in every], metric not in LINEAR)
+    last = max(points[-1][0] for points in curves.values())
+    y = axis_of([value for points in curves.values() for _, value in points], metric not in LINEAR)
+    title = escape(metric.replace("_", " "))
+    return drawing(title, f"{metric} by step", curves, runs, Axis(0.0, max(last, 1.0)), y)
+
+
+def level_chart(runs: Sequence[Run]) -> str:
+    """The newest `validation_error@SIGMA` of each run over sigma; nothing where no run has two of them."""
+    curves = {}
+    for index, run in enumerate(runs):
+        named = {level_of(metric): metric for metric in run.curves if metric.startswith(LEVEL)}
+        points = sorted((level, run.curves[metric][-1][1]) for level, metric in named.items() if level)
+        if len(points) > 1:
+            curves[index] = points
+    if not curves:
+        return ""
+    x, y = (axis_of([point[i] for points in curves.values() for point in points]) for i in (0, 1))
+    return drawing("newest validation error by noise level", "error by sigma", curves, runs, x, y, "sigma")
+
+
+def drawing(
+    title: str,
+    label: str,
+    curves: dict[int, Points],
+    runs: Sequence[Run],
+    x: Axis,
+    y: Axis,
+    across: str = "step",
+) -> str:
+    """An SVG figure of the curves of some of the runs, by their index."""
 
     def place(point: Point) -> Point:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x(point[0])
-        return across, TOP + (HEIGHT - TOP - BOTTOM) * (1 - y(point[1]))
+        return LEFT + (WIDTH - LEFT - RIGHT) * x(point[0]), TOP + (HEIGHT - TOP - BOTTOM) * (1 - y(point[1]))
 
-    drawn = [strokes(index, runs[index].name, points, place) for index, points in curves.items()]
-    title = escape(metric.replace("_", " ")) + (" <small>(logarithmic)</small>" if y.log else "")
+    drawn = [strokes(index, runs[index].name, points, place, across) for index, points in curves.items()]
+    title += " <small>(logarithmic)</small>" if y.log else ""
     svg = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(metric)} by step">'
-        f"{grid(x, y, last)}{''.join(drawn)}</svg>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{grid(x, y, across)}{''.join(drawn)}</svg>"
     )
     return f'<figure class="chart"><figcaption>{title}</figcaption>{svg}</figure>'
 
 
-def strokes(index: int, name: str, points: Points, place: Callable[[Point], Point]) -> str:
-    """One run's curve: its points, joined, and the smoothed line over them where there are enough."""
-    shown, many = thinned(points), len(points) >= SMOOTHED_FROM
+def strokes(
+    index: int, name: str, points: Points, place: Callable[[Point], Point], across: str = "step"
+) -> str:
+    """One run's curve: its points, joined, and over steps a smoothed line on top where there are enough."""
+    shown, many = thinned(points), across == "step" and len(points) >= SMOOTHED_FROM
     kind = "raw" if many else "line"
 
     def line(kind: str, of: Points) -> str:
@@ -243,14 +270,14 @@ def strokes(index: int, name: str, points: Points, place: Callable[[Point], Poin
     parts = [line(kind, shown)]
     for point in shown if len(shown) <= 200 else ():
         a, b = place(point)
-        told = f"<title>{escape(name)}, step {point[0]:,.0f}: {point[1]:.5g}</title>"
+        told = f"<title>{escape(name)}, {across} {number(point[0])}: {point[1]:.5g}</title>"
         parts.append(f'<circle class="{kind}" cx="{a:.1f}" cy="{b:.1f}" r="2.5">{told}</circle>')
     if many:
         parts.append(line("line", smooth(points)))
     return f'<g class="run{index % len(LIGHT)}">{"".join(parts)}</g>'
 
 
-def grid(x: Axis, y: Axis, last: float) -> str:
+def grid(x: Axis, y: Axis, across: str) -> str:
     """Lines and numbers of both axes."""
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
@@ -259,12 +286,16 @@ def grid(x: Axis, y: Axis, last: float) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="y" x="{LEFT - 8}" y="{at + 4:.1f}">{value:.4g}</text>')
     for value in x.ticks():
-        if value == int(value) and value <= last:
+        if value == int(value) or across != "step":
             at = LEFT + (right - LEFT) * x(value)
-            parts.append(f'<text class="x" x="{at:.1f}" y="{bottom + 17}">{value:,.0f}</text>')
+            parts.append(f'<text class="x" x="{at:.1f}" y="{bottom + 17}">{number(value)}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">step</text>')
+    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{across}</text>')
     return "".join(parts)
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def dash(index: int) -> str:
@@ -278,7 +309,7 @@ def dash(index: int) -> str:
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML text."""
     metrics = sorted({metric for run in runs for metric in run.curves}, key=order)
-    charts = "".join(chart(metric, runs) for metric in metrics)
+    charts = "".join([*(chart(metric, runs) for metric in metrics), level_chart(runs)])
     names = ", ".join(run.name for run in runs)
     notes = "".join(f"<li>{escape(note)}</li>" for run in runs for note in run.notes)
     sections = [
@@ -303,9 +334,17 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-def order(metric: str) -> tuple[int, str]:
-    """Sorts the numbers of a log: those of `FIRST` (also as the start of a name), then the others by name."""
-    return next((i for i, first in enumerate(FIRST) if metric.startswith(first)), len(FIRST)), metric
+def order(metric: str) -> tuple[int, str, float]:
+    """Sorts the numbers of a log: those of `FIRST` (also as the start of a name), then the others by name;
+    those of noise levels by level."""
+    place = next((i for i, first in enumerate(FIRST) if metric.startswith(first)), len(FIRST))
+    return place, metric.partition("@")[0], level_of(metric) or 0.0
+
+
+def level_of(metric: str) -> float | None:
+    """The noise level at the end of a number's name, if there is one."""
+    found = re.fullmatch(r".*@(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", metric)
+    return float(found[1]) if found else None
 
 
 def section(title: str, body: str) -> str:
@@ -399,37 +438,3 @@ def cut(text: str) -> str:
     if len(text) <= 60:
         return escape(text)
     return f'<span title="{escape(text)}">{escape(text[:60])}…</span>'
-
-
-def style() -> str:
-    def colours(values: Sequence[str]) -> str:
-        return "".join(f"--run{index}:{value};" for index, value in enumerate(values))
-
-    light = f":root{{color-scheme:light dark;{ON_LIGHT}{colours(LIGHT)}}}"
-    dark = f"@media(prefers-color-scheme:dark){{:root{{{ON_DARK}{colours(DARK)}}}}}"
-    used = "".join(f".run{index}{{color:var(--run{index})}}" for index in range(len(LIGHT)))
-    return light + dark + used + RULES
-
-
-ON_LIGHT = "--page:#fff;--card:#f7f7f8;--ink:#1a1a1e;--soft:#65656e;--rule:#dedee3;"
-ON_DARK = "--page:#131316;--card:#1c1c21;--ink:#ececf0;--soft:#9c9ca8;--rule:#35353d;"
-RULES = """
-body{margin:0 auto;max-width:1360px;padding:24px;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,sans-serif}
-h1{font-size:24px;margin:0}h2{font-size:17px;margin:32px 0 10px}header p{margin:4px 0;color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px}
-figure{margin:0}.chart,.preview{background:var(--card);border-radius:8px;padding:12px}
-.preview{display:inline-block;margin:0 16px 16px 0;max-width:100%;box-sizing:border-box}
-.preview img{display:block;max-width:100%;image-rendering:auto;border-radius:4px}
-figcaption{font-weight:600;margin-bottom:6px}small,.note{color:var(--soft);font-weight:400;font-size:13px}
-svg{display:block;width:100%;height:auto}.swatch{display:inline-block;width:24px;height:8px}
-.legend span{margin-right:6px}.legend>span{margin-right:22px;white-space:nowrap}
-polyline{fill:none;stroke:currentColor;stroke-linejoin:round;stroke-linecap:round}
-polyline.line{stroke-width:2}polyline.raw{stroke-width:1;opacity:.35}
-circle{fill:currentColor}circle.raw{opacity:.35}circle:hover{opacity:1;stroke:currentColor;stroke-width:3}
-text{fill:var(--soft);font:12px system-ui,sans-serif}text.y{text-anchor:end}text.x{text-anchor:middle}
-.grid{stroke:var(--rule);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:5px 18px 5px 0;border-bottom:1px solid var(--rule);font-weight:400}
-thead th{color:var(--soft);font-size:13px}code{font:13px ui-monospace,monospace}
-"""

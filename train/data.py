@@ -14,26 +14,28 @@ training step sees, as a function of (seed, step): there is no iterator whose st
 
 import functools
 import hashlib
-import json
 import math
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.seeding import generator
-from sample.images import read_rgb
+from train.buckets import BucketConfig, bucket_shapes
+from train.entries import METADATA, SUFFIXES, Entry, Listing, list_images
+from train.reading import Reader, read_picture, to_pixels
+from train.shards import list_shards, names_shards
+from train.streaming import stream_images
+from train.tables import TABLE, list_table
 
-METADATA = "metadata.jsonl"
-SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-MAX_CAPTION_FILE = 1 << 20  # bytes; a caption is a sentence, a larger .txt is something else
+__all__ = ["METADATA", "DataConfig", "ImageFolder", "Images", "batch_indices", "list_images", "load_images"]
+
+MAX_WORKERS = 256
 NAMED_IN_WARNING = 3  # of the skipped pictures, how many the warning names
 
 
@@ -45,6 +47,10 @@ class DataConfig:
     error; else it is skipped with a warning. caption_column: the column of metadata.jsonl with the captions.
     heldout: share of the pictures kept from training where metadata.jsonl has no column "split".
     concepts: train on the pictures of these alone (column "concept"); empty takes all.
+    workers: processes that read pictures; the result is the same for any number. stream: keep the pixels in a
+    file of the folder `cache` (empty: one in the user's cache), not in memory, with the same result.
+    split, image_column: of a set of Hugging Face, which part is read and where its pictures are.
+    buckets: cut pictures to several shapes rather than to squares, see `buckets.py`.
     """
 
     path: str
@@ -53,26 +59,26 @@ class DataConfig:
     caption_column: str = "text"
     heldout: float = 0.02
     concepts: tuple[str, ...] = ()
+    workers: int = 0
+    stream: bool = False
+    cache: str = ""
+    split: str = "train"
+    image_column: str = "image"
+    buckets: BucketConfig = field(default_factory=BucketConfig)
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("data.path is empty, it must be a folder of images")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"data.workers is {self.workers}, it must be in 0..{MAX_WORKERS}")
         if self.size < 1:
             raise ValueError(f"data.size is {self.size}, it must be at least 1 pixel")
         if not 0 <= self.heldout < 1:
             raise ValueError(f"data.heldout is {self.heldout}, it must be in [0, 1)")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One picture of a folder, not read yet; `source` ("metadata.jsonl line 3") is for errors."""
-
-    path: Path
-    caption: str = ""
-    concept: str = ""
-    style: str = ""
-    split: str | None = None
-    source: str = ""
+        if self.buckets.on and self.stream:
+            raise ValueError("data.buckets.on=true needs data.stream=false: buckets are held in memory")
+        if self.buckets.on:
+            bucket_shapes(self.buckets, self.size)  # refuses now what no picture could fit
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,12 @@ class ImageFolder(Dataset[tuple[Tensor, str]]):
 
     def __init__(self, config: DataConfig, split: str | None = None):
         self.config = config
-        self.root = Path(config.path).expanduser()
-        entries = _select(list_images(self.root, config.caption_column), split, config.heldout, self.root)
+        listing = list_set(config)
+        self.root = listing.root
+        self.skipped = listing.skipped if split in (None, "train") else []  # told of once, not by every split
+        if not listing.entries and self.skipped:
+            raise ValueError(f"{self.root}: no image is left: {named(self.skipped)}")
+        entries = _select(listing.entries, split, config.heldout, self.root)
         self.entries = _of_concepts(entries, config.concepts, self.root) if split == "train" else entries
 
     def __len__(self) -> int:
@@ -116,45 +126,75 @@ class ImageFolder(Dataset[tuple[Tensor, str]]):
 
     def pixels(self, index: int) -> UInt8[Tensor, "3 H W"]:
         """Picture `index` as uint8."""
-        entry = self.entries[index]
-        try:
-            return read_image(entry.path, self.config.size)
-        except ValueError as error:
-            raise ValueError(f"{error} ({entry.source})" if entry.source else str(error)) from None
+        return to_pixels([read_picture(self.entries[index], self.config.size)])[0]
+
+    @property
+    def captions(self) -> list[str]:
+        return [entry.caption for entry in self.entries]
+
+    @property
+    def files(self) -> list[str]:
+        return [entry.path.relative_to(self.root).as_posix() for entry in self.entries]
+
+    def reader(self) -> Reader:
+        return Reader(self.entries, self.config.size, self.config.workers)
+
+    def tell(self, unread: Sequence[str], left: int) -> list[str]:
+        """One warning that counts `unread`, reasons why pictures of the list could not be read, and what the
+        list itself left out; all of these.
+
+        Raises ValueError where `config.strict` or where none is `left`.
+        """
+        skipped = [*self.skipped, *unread]
+        if not skipped:
+            return []
+        if self.config.strict:
+            raise ValueError(skipped[0])
+        counted = f"{len(skipped)} of {len(self) + len(self.skipped)} images could not be read"
+        if not left:
+            raise ValueError(f"{self.root}: {counted}, none is left: {named(skipped)}")
+        warnings.warn(f"{self.root}: {counted} and are skipped: {named(skipped)}", stacklevel=3)
+        return skipped
+
+
+def named(skipped: Sequence[str]) -> str:
+    """The first few of these reasons, in one line."""
+    return "; ".join(skipped[:NAMED_IN_WARNING]) + ("; ..." if len(skipped) > NAMED_IN_WARNING else "")
 
 
 def load_images(config: DataConfig, split: str | None = None) -> Images:
-    """Read a whole folder, or one split of it, into memory (a thousand images of 64 pixels take 12 MB).
+    """Read a whole set, or one split of it, into memory (a thousand images of 64 pixels take 12 MB).
 
     Pictures that cannot be read are skipped with one warning that counts them, or raise ValueError where
     `config.strict`. No usable picture at all is a ValueError; only a held-out split may be empty.
     """
     folder = ImageFolder(config, split)
-    pixels, rows, skipped = [], [], []
-    for index, entry in enumerate(folder.entries):
-        try:
-            pixels.append(folder.pixels(index))
-            rows.append(entry)
-        except ValueError as error:
-            if config.strict:
-                raise
-            skipped.append(str(error))
-    if skipped:
-        named = "; ".join(skipped[:NAMED_IN_WARNING]) + ("; ..." if len(skipped) > NAMED_IN_WARNING else "")
-        counted = f"{len(skipped)} of {len(folder)} images could not be read"
-        if not rows:
-            raise ValueError(f"{folder.root}: {counted}, none is left: {named}")
-        warnings.warn(f"{folder.root}: {counted} and are skipped: {named}", stacklevel=2)
+    pixels, rows, unread = stream_images(folder) if config.stream else _read_all(folder)
+    entries = [folder.entries[row] for row in rows]
+    skipped = folder.tell(unread, len(rows))
     return Images(
-        pixels=torch.stack(pixels)
-        if pixels
-        else torch.zeros(0, 3, config.size, config.size, dtype=torch.uint8),
-        captions=[row.caption for row in rows],
-        concepts=[row.concept for row in rows],
-        styles=[row.style for row in rows],
-        files=[row.path.relative_to(folder.root).as_posix() for row in rows],
+        pixels=pixels,
+        captions=[entry.caption for entry in entries],
+        concepts=[entry.concept for entry in entries],
+        styles=[entry.style for entry in entries],
+        files=[entry.path.relative_to(folder.root).as_posix() for entry in entries],
         skipped=skipped,
     )
+
+
+def _read_all(folder: ImageFolder) -> tuple[Tensor, list[int], list[str]]:
+    """Pixels of the pictures that can be read, their numbers in the list, and why the others cannot."""
+    size, pixels, rows, unread = folder.config.size, [], [], []
+    with folder.reader() as reader:
+        for index, picture in reader.in_order(range(len(folder))):
+            if isinstance(picture, str):
+                if folder.config.strict:
+                    raise ValueError(picture)
+                unread.append(picture)
+            else:
+                pixels.append(picture)
+                rows.append(index)
+    return to_pixels(pixels) if rows else torch.zeros(0, 3, size, size, dtype=torch.uint8), rows, unread
 
 
 def to_float(pixels: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
@@ -187,79 +227,17 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, "order", epoch))
 
 
-# --- the list of a folder -----------------------------------------------------------------------------------
+# --- the pictures of a set ----------------------------------------------------------------------------------
 
 
-def list_images(root: Path, caption_column: str = "text") -> list[Entry]:
-    """The pictures of a folder, none opened yet, in the order of metadata.jsonl, else of their names."""
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: no such folder of images")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root} is a file; data.path must be a folder of images")
-    if (root / METADATA).is_file():
-        return list(_read_metadata(root, caption_column))
-    if (root / "metadata.csv").is_file():
-        raise ValueError(
-            f"{root / 'metadata.csv'} is not read; convert it to {METADATA}, one JSON object per line"
-        )
-    paths = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
-    visible = (path for path in paths if not any(p.startswith(".") for p in path.relative_to(root).parts))
-    return [Entry(path, _sibling_caption(path)) for path in sorted(visible) if path.is_file()]
-
-
-def _sibling_caption(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    if not text.is_file():
-        return ""
-    if text.stat().st_size > MAX_CAPTION_FILE:
-        raise ValueError(f"{text} has {text.stat().st_size} bytes, too many for a caption")
-    try:
-        return " ".join(text.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-        raise ValueError(f"{text} is not UTF-8 text") from None
-
-
-def _read_metadata(root: Path, caption_column: str) -> Iterator[Entry]:
-    with open(root / METADATA, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{METADATA} line {number}"
-            try:
-                yield _parse_row(json.loads(line.decode("utf-8-sig")), root, caption_column, where)
-            except UnicodeDecodeError:
-                raise ValueError(f"{root / METADATA} line {number}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{root / METADATA} line {number}: not a JSON object ({error.msg})"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{root / METADATA} line {number}: {error}") from None
-
-
-def _parse_row(row: Any, root: Path, caption_column: str, where: str) -> Entry:
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is needed, got {type(row).__name__}")
-    for column in ("file_name", caption_column):
-        if column not in row:
-            raise ValueError(f"no column {column!r}, only {', '.join(map(repr, row)) or 'none'}")
-    values = {}
-    for column in ("file_name", caption_column, "concept", "style", "split"):
-        value = row.get(column)
-        if not isinstance(value, str | None):
-            raise ValueError(f"column {column!r} must be text, got {value!r:.60}")
-        if any("\ud800" <= char <= "\udfff" for char in value or ""):
-            raise ValueError(f"column {column!r} has half a surrogate pair, which is no text")
-        values[column] = value or ""
-    name = values["file_name"]
-    # Windows rules too: "..\x" and "C:\x" must not be file names here and paths elsewhere.
-    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
-    if not parts or "\0" in name:
-        raise ValueError(f"file_name {name!r} is no file name")
-    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
-        raise ValueError(f"file_name {name!r} leads out of the folder")
-    caption = values[caption_column].strip()
-    return Entry(root / name, caption, values["concept"], values["style"], values["split"] or None, where)
+def list_set(config: DataConfig) -> Listing:
+    """All pictures that `data.path` names: a folder of files, tar archives, or a set of Hugging Face."""
+    if config.path.startswith(TABLE):
+        return list_table(config.path, config.split, config.image_column, config.caption_column)
+    if names_shards(config.path):
+        return list_shards(config.path, config.caption_column)
+    root = Path(config.path).expanduser()
+    return Listing(root, list_images(root, config.caption_column))
 
 
 def _select(entries: list[Entry], split: str | None, heldout: float, root: Path) -> list[Entry]:
@@ -272,7 +250,7 @@ def _select(entries: list[Entry], split: str | None, heldout: float, root: Path)
         chosen = [entry for entry in entries if (entry.split or "train") == split]
         if not chosen and split == "train":
             present = ", ".join(sorted({str(entry.split) for entry in entries}))
-            raise ValueError(f'{root / METADATA}: no row has split "train", only {present}')
+            raise ValueError(f'{root}: no row has split "train", only {present}')
         return chosen
     names = [entry.path.relative_to(root).as_posix() for entry in entries]
     count = min(math.ceil(heldout * len(names)), len(set(names)) - 1)  # one at least is for training
@@ -299,4 +277,4 @@ def read_image(path: Path, size: int) -> UInt8[Tensor, "3 {size} {size}"]:
 
     Raises ValueError with the file's name and what is wrong with it.
     """
-    return torch.from_numpy(np.array(read_rgb(path, size))).permute(2, 0, 1).contiguous()
+    return to_pixels([read_picture(Entry(path), size)])[0]

@@ -3,38 +3,36 @@
 A task (`tasks/`) brings the players (a set of parameters and its loss: one for a diffusion model, two for
 an autoencoder with a discriminator), a validation, a preview and what to export; the loop owns steps,
 optimisers, the moving average, checkpoints, resuming and reporting. Randomness is a function of (seed,
-step): a resumed run equals an uninterrupted one bit for bit, also where steps were skipped.
+step): a resumed run equals an uninterrupted one bit for bit, also where steps were skipped. Several processes
+(`distributed.py`) share out the parts of a batch; rank 0 alone logs and writes.
 """
 
 import math
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.config import differences, from_dict, to_dict, to_yaml
+from ldm.config import differences, to_dict, to_yaml
 from ldm.device import DTYPES, pick_device
 from ldm.seeding import derive
-from ldm.weights.io import load_strict, write_atomically
+from ldm.weights.io import write_atomically
+from train import distributed, sharded
+from train.bad_steps import BadStep, require_skippable, require_sound, undone_if_bad
+from train.checkpoint import restore, save
+from train.distributed import Lost, agreed, is_first, own_parts, parts_of, together, world_size
 from train.ema import EMA
-from train.report import Reporter
-from train.state import (
-    PATTERN,
-    held,
-    load_newest_state,
-    optimizer_tensors,
-    restore_optimizer,
-    save_state,
-    sweep,
-)
+from train.report import Quiet, Reporter
+from train.state import PATTERN, held, sweep
+from train.stopping import StopSignals
 
 # What a run's folder may hold before its first state, hidden files aside; anything else is somebody's.
 OWN = {"config.yaml", "log.jsonl", "states", "previews", "cache", "tensorboard", "report.html"}
@@ -45,7 +43,9 @@ class RunConfig:
     """How to train, whatever is trained.
 
     out: the run folder. steps: optimiser steps.
-    batch: images a step; it is split into `accumulate` equal parts.
+    batch: images a step, of all processes together. accumulate: parts that each process computes one by one;
+    the batch is split into `accumulate` times the number of processes equal parts. parallel: what several
+    processes do, "ddp" (each has all weights) or "fsdp" (each has a piece, `sharded.py`).
     lr: peak learning rate, reached after `warmup` steps, then "constant" or "cosine" to zero.
     clip: largest norm of the gradient.
     precision: of the forward pass (autocast); weights and optimiser stay float32.
@@ -55,12 +55,17 @@ class RunConfig:
     logged, and weights, moving average and optimiser stay as they were; more than `max_skips` in a row stop
     the run. max_gradient: a larger norm of the gradient counts as such a step too; 0 is no limit.
     tensorboard: write the log for TensorBoard as well, into the run folder.
+    compile: the blocks of the trained network by torch.compile, which only rounds otherwise (and has dropout
+    of its own); takes a C++ compiler on the CPU, and minutes for a large model.
+    activation_checkpointing: compute the inside of each block a second time for its gradient, to the bit the
+    same, instead of keeping it: less memory, more time (`recompute.py`).
     """
 
     out: str
     steps: int = 1000
     batch: int = 32
     accumulate: int = 1
+    parallel: str = "ddp"
     lr: float = 1e-4
     lr_schedule: str = "constant"
     warmup: int = 100
@@ -80,10 +85,13 @@ class RunConfig:
     max_skips: int = 10
     max_gradient: float = 0.0
     tensorboard: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
 
     # May change at --resume: they say how a run is watched and what becomes of a bad step, nothing else.
     FREE = (
         "run.out",
+        "run.parallel",
         "run.log_every",
         "run.validate_every",
         "run.preview_every",
@@ -94,6 +102,12 @@ class RunConfig:
         "run.max_skips",
         "run.max_gradient",
         "run.tensorboard",
+        "run.compile",
+        "run.activation_checkpointing",
+        "validation_levels",
+        "data.workers",
+        "data.stream",
+        "data.cache",
     )
 
     def __post_init__(self) -> None:
@@ -104,6 +118,10 @@ class RunConfig:
             )
         if self.batch % self.accumulate:
             raise ValueError(f"run.batch {self.batch} must be a multiple of run.accumulate {self.accumulate}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"run.parallel must be 'ddp' or 'fsdp', got {self.parallel!r}")
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError("run.parallel=fsdp does not go with run.compile=true; set one of them back")
         if self.lr_schedule not in ("constant", "cosine"):
             raise ValueError(f"run.lr_schedule must be 'constant' or 'cosine', got {self.lr_schedule!r}")
         if self.precision not in ("float32", "bfloat16"):  # float16 would need its gradients scaled
@@ -127,15 +145,22 @@ class Player:
 
     loss: `(step, part) -> (scalar, metrics)` of one part of the batch; steps are counted from 0.
     averaged: whether the weights have a moving average. starts_at: the first step in which they move.
+    seen: `(step, parts) -> text`, which pictures these parts hold; asked for where a step went bad.
+    written: parameters that the loss itself writes to.
     """
 
     module: nn.Module
     loss: Callable[[int, int], tuple[Tensor, dict[str, float]]]
     averaged: bool = True
     starts_at: int = 0
+    seen: Callable[[int, Iterable[int]], str] | None = None
+    written: tuple[Tensor, ...] = ()
     parameters: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.find_parameters()
+
+    def find_parameters(self) -> None:
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
 
@@ -158,10 +183,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.signum = signum
-
-
-class BadStep(Exception):
-    """The loss or the gradient of a step is not finite, or too large; nothing has moved."""
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
@@ -201,22 +222,44 @@ def train(task: Task, resume: bool, command: str) -> Path:
     is nothing to resume, OSError where a state cannot be written (the states before it stay).
     """
     folder = Path(task.config.run.out)
-    if resume and not (folder / "states").is_dir():
-        raise FileNotFoundError(f"nothing to resume: no checkpoint in {folder / 'states'}")
-    with held(folder):
-        return run_steps(task, resume, command)
+    distributed.require_same({**to_dict(task.config), "--resume": resume}, differences)
+    with together():
+        distributed.require_whole_parts(task.config.run.batch, task.config.run.accumulate)
+        if resume and not (folder / "states").is_dir():
+            raise FileNotFoundError(f"nothing to resume: no checkpoint in {folder / 'states'}")
+    try:
+        with ExitStack() as stack:
+            with together():
+                if is_first():
+                    stack.enter_context(held(folder))
+            return run_steps(task, resume, command)
+    except Lost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends this one, mid-sentence
+        raise
 
 
 def run_steps(task: Task, resume: bool, command: str) -> Path:
-    """`train`, in a folder that is this process's alone."""
+    """`train`, in a folder that is this job's alone."""
     run: RunConfig = task.config.run
-    folder = prepare_folder(task.config, resume)
+    folder = Path(run.out)
+    with together():
+        if is_first():
+            prepare_folder(task.config, resume)
+    if world_size() > 1:
+        distributed.first_then_others(getattr(task, "prepare", lambda: None))
+        for player in task.players.values():
+            distributed.share_weights(player.module)
+        if run.parallel == "fsdp":
+            sharded.shard_all(task)
     optimizers = {name: make_optimizer(player, run) for name, player in task.players.items()}
     averaged = {name: player for name, player in task.players.items() if player.averaged}
     emas = {name: EMA(player.parameters, run.ema_decay) for name, player in averaged.items()}
     skips = dict.fromkeys(task.players, 0)  # in a row, of each player
-    first, sums, notes = restore(task, optimizers, emas, skips, folder) if resume else (0, {}, [])
-    reporter = Reporter(folder, run.steps, first, run.batch, sums, run.tensorboard)
+    with together():
+        first, sums, notes = restore(task, optimizers, emas, skips, folder) if resume else (0, {}, [])
+        reporter: Reporter | Quiet = Quiet()
+        if is_first():
+            reporter = Reporter(folder, run.steps, first, run.batch, sums, run.tensorboard)
     with closing(reporter) as report, StopSignals() as stop:
         for note in notes:
             report.say(note)
@@ -226,11 +269,12 @@ def run_steps(task: Task, resume: bool, command: str) -> Path:
                 if step < player.starts_at:
                     continue
                 try:
-                    with undone_if_bad(task):
+                    with undone_if_bad(written_by(task)):
                         metrics |= move(name, player, optimizers[name], run, step)
                 except BadStep as bad:
                     skips[name] += 1
-                    require_skippable(bad, skips[name], run)
+                    with together():
+                        require_skippable(bad, skips[name], run)
                     report.skip(step + 1, str(bad))
                     continue
                 skips[name] = 0
@@ -243,20 +287,30 @@ def run_steps(task: Task, resume: bool, command: str) -> Path:
             if last or due(done, run.log_every):
                 report.log(done, lr=learning_rate(run, step))
             if last or due(done, run.validate_every):
-                with for_use(task, emas):
-                    report.write({"step": done, **task.validate()})
+                with together(), for_use(task, emas):
+                    if takes_part(run):
+                        report.write({"step": done, **task.validate()})
             if last or due(done, run.preview_every):
-                with for_use(task, emas):
-                    task.preview(folder / "previews" / f"step-{done:08d}.png")
-            signum = stop.signum  # read once: a signal after the save waits for the next step
+                with together(), for_use(task, emas), distributed.own(folder) as written:
+                    if takes_part(run):
+                        task.preview(written / "previews" / f"step-{done:08d}.png")
+            signum = distributed.highest(stop.signum)  # read once: one after the save waits for the next step
             if last or due(done, run.checkpoint_every) or signum:
-                save(task, optimizers, emas, folder, done, report.sums, skips)
+                with together():
+                    if takes_part(run):
+                        save(task, optimizers, emas, folder, done, report.sums, skips)
             if signum and not last:
                 message = f"stopped at step {done} of {run.steps}, saved; go on with: {command} --resume"
                 raise Interrupted(signum, message)
-    with for_use(task, emas):
-        task.export(folder / "model")
+    with together(), for_use(task, emas), distributed.own(folder) as written:
+        if takes_part(run):
+            task.export(written / "model")
     return folder / "model"
+
+
+def takes_part(run: RunConfig) -> bool:
+    """Whether this process computes what rank 0 writes: weights in pieces are only whole in all together."""
+    return is_first() or run.parallel == "fsdp"
 
 
 def make_optimizer(player: Player, run: RunConfig) -> Optimizer:
@@ -272,56 +326,44 @@ def move(name: str, player: Player, optimizer: Optimizer, run: RunConfig, step: 
     Returns the metrics; those of any player but "model" carry its name in front. Raises BadStep with
     weights and optimiser as they were.
     """
-    device = pick_device(run.device)
-    metrics: dict[str, float] = {}
     optimizer.zero_grad(set_to_none=True)
-    for part in range(run.accumulate):
-        torch.manual_seed(derive(run.seed, "dropout", step, part))
-        with torch.autocast(device.type, dtype=DTYPES[run.precision], enabled=run.precision != "float32"):
-            loss, values = player.loss(step, part)
-        values = {"loss": loss.item(), **values}
-        require_sound(f"{name}: the loss", values["loss"], math.inf, step)
-        (loss / run.accumulate).backward()
-        for key, value in values.items():
-            metrics[key] = metrics.get(key, 0.0) + value / run.accumulate
-    metrics["gradient"] = nn.utils.clip_grad_norm_(player.parameters.values(), run.clip).item()
+    metrics = distributed.means(gradients(name, player, run, step))
+    if not sharded.is_sharded(player.module):  # there each backward pass has done so
+        distributed.average_gradients(player.parameters.values())
+        distributed.share_buffers(player.module)
+    norm = nn.utils.clip_grad_norm_(player.parameters.values(), run.clip)
+    metrics["gradient"] = sharded.whole(norm).item()
     limit = run.max_gradient or math.inf
-    require_sound(f"{name}: the norm of the gradient", metrics["gradient"], limit, step)
+    seen = partial(player.seen, step, range(parts_of(run.accumulate))) if player.seen else None
+    require_sound(f"{name}: the norm of the gradient", metrics["gradient"], limit, step, seen)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run, step)
     optimizer.step()
     return metrics if name == "model" else {f"{name}_{key}": value for key, value in metrics.items()}
 
 
-def require_sound(what: str, value: float, limit: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise BadStep(f"{what} is {value} in step {step + 1}")
-    if value > limit:
-        raise BadStep(f"{what} is {value:.4g} in step {step + 1}, above run.max_gradient {limit:g}")
+def gradients(name: str, player: Player, run: RunConfig, step: int) -> dict[str, float]:
+    """Leaves the mean gradient of this process's parts of the batch in the parameters; the mean metrics."""
+    device = pick_device(run.device)
+    metrics: dict[str, float] = {}
+    for part in own_parts(run.accumulate):
+        torch.manual_seed(derive(run.seed, "dropout", step, part))
+        with torch.autocast(device.type, dtype=DTYPES[run.precision], enabled=run.precision != "float32"):
+            loss, values = player.loss(step, part)
+        values = {"loss": loss.item(), **values}
+        seen = partial(player.seen, step, [part]) if player.seen else None
+        with agreed(BadStep):
+            require_sound(f"{name}: the loss", values["loss"], math.inf, step, seen)
+        (loss / run.accumulate).backward()
+        for key, value in values.items():
+            metrics[key] = metrics.get(key, 0.0) + value / run.accumulate
+    return metrics
 
 
-def require_skippable(bad: BadStep, in_a_row: int, run: RunConfig) -> None:
-    if run.on_nonfinite == "skip" and in_a_row <= run.max_skips:
-        return
-    stop = run.on_nonfinite == "stop"
-    way_out = "run.on_nonfinite=skip" if stop else f"a higher run.max_skips (bad step {in_a_row} in a row)"
-    raise ValueError(
-        f"{bad}; the state saved last is untouched, but goes the same way again: start a new run with a "
-        f"lower run.lr or run.clip, or go on with --resume and {way_out}"
-    ) from bad
-
-
-@contextmanager
-def undone_if_bad(task: Task) -> Iterator[None]:
-    """A bad step leaves the buffers of all players (statistics of a normalisation) as they were, too."""
-    buffers = [buffer for player in task.players.values() for buffer in player.module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    except BadStep:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        raise
+def written_by(task: Task) -> list[Tensor]:
+    """What the passes of all players write to: buffers (statistics of a normalisation) and `written`."""
+    players = task.players.values()
+    return [tensor for each in players for tensor in (*each.module.buffers(), *each.written)]
 
 
 def due(step: int, every: int) -> bool:
@@ -344,95 +386,6 @@ def for_use(task: Task, emas: Mapping[str, EMA]) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-
-
-def save(
-    task: Task,
-    optimizers: Mapping[str, Optimizer],
-    emas: Mapping[str, EMA],
-    folder: Path,
-    step: int,
-    sums: Mapping[str, tuple[float, int]],
-    skips: Mapping[str, int],
-) -> None:
-    """Write everything the run consists of; `sums` are the metrics not logged yet.
-
-    Raises OSError where there is no room for it (say); the states before it stay.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, player in task.players.items():
-        tensors |= {f"weights/{name}/{key}": value for key, value in player.module.state_dict().items()}
-        tensors |= optimizer_tensors(optimizers[name], f"optimizer/{name}")
-        if name in emas:
-            tensors |= {f"ema/{name}/{key}": value for key, value in emas[name].shadow.items()}
-    updates = {name: ema.updates for name, ema in emas.items()}
-    header = {"config": to_dict(task.config), "updates": updates, "sums": sums, "skips": skips}
-    try:
-        save_state(folder / "states", step, tensors, header, task.config.run.keep)
-    except OSError as error:
-        told = (
-            f"{error.strerror or error}; the state of step {step} is not saved, those before it are whole; "
-            "mend that and go on with --resume"
-        )
-        raise OSError(error.errno, told, str(folder / "states")) from error
-
-
-def restore(
-    task: Task,
-    optimizers: Mapping[str, Optimizer],
-    emas: Mapping[str, EMA],
-    skips: dict[str, int],
-    folder: Path,
-) -> tuple[int, dict[str, tuple[float, int]], list[str]]:
-    """Load the newest state into everything.
-
-    Returns the step to go on from, the metrics not logged yet, and lines to show.
-    """
-    tensors, header, notes = load_newest_state(folder / "states")
-    # Through the dataclass, so that a key which did not exist when the state was written has its default.
-    before = to_dict(from_dict(type(task.config), header["config"], f"the state in {folder}"))
-    lines = differences(before, to_dict(task.config))
-    changed = "; ".join(line for line in lines if not line.startswith(RunConfig.FREE))
-    if changed:
-        raise ValueError(f"--resume with changed values: {changed}; restore them or start a new run.out=")
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    for name, player in task.players.items():
-        load_strict(player.module, part(f"weights/{name}/"), f"the state in {folder}")
-        restore_optimizer(optimizers[name], tensors, f"optimizer/{name}")
-        if name in emas:
-            for key, value in part(f"ema/{name}/").items():
-                emas[name].shadow[key].copy_(value)
-            emas[name].updates = header["updates"][name]
-    skips.update(header.get("skips", {}))
-    sums = {name: (total, count) for name, (total, count) in header.get("sums", {}).items()}
-    return int(header["step"]), sums, [*notes, f"resumed at step {header['step']}"]
-
-
-class StopSignals:
-    """Inside the block, SIGINT and SIGTERM only set `signum`; the loop saves and stops after its step.
-
-    A second one acts as if this block were not there.
-    """
-
-    def __init__(self) -> None:
-        self.signum = 0
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.previous[signum] = signal.signal(signum, self._caught)
-        return self
-
-    def _caught(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        signal.signal(signum, self.previous[signum])
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
 
 
 def command_line(task: str, config: str, overrides: list[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from train.distributed import parts_of
 from train.loop import RunConfig, Task
 
 
@@ -34,7 +35,7 @@ def plan(task: Task) -> str:
         for name, player in players.items()
     ]
     told = " + ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
-    at_once = run.batch // run.accumulate
+    at_once = run.batch // parts_of(run.accumulate)
     previews = times(run.steps, run.preview_every)
     states = times(run.steps, run.checkpoint_every)
     return "\n".join(
@@ -58,8 +59,12 @@ def memory_advice(task: Task) -> str:
     run: RunConfig = task.config.run
     advice = (
         f"not enough memory in training: lower run.batch (now {run.batch}), or keep it and raise "
-        f"run.accumulate (now {run.accumulate}: {run.batch // run.accumulate} images at once)"
+        f"run.accumulate (now {run.accumulate}: {run.batch // parts_of(run.accumulate)} images at once)"
     )
+    if not run.activation_checkpointing:
+        advice += ", or set run.activation_checkpointing=true"
+    if run.precision == "float32":
+        advice += ", or run.precision=bfloat16 (now float32)"
     names = {"unet": "unet.model_channels", "autoencoder": "autoencoder.base_channels"}
     sizes = [key for part, key in names.items() if dataclasses.is_dataclass(getattr(task.config, part, None))]
     return advice + (f", or build a smaller model ({', '.join([*sizes, 'data.size'])})" if sizes else "")

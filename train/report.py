@@ -72,8 +72,11 @@ class Reporter:
             key: float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
             for key, value in row.items()
         }
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rounded, ensure_ascii=False) + "\n")
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(self.log_file)) from error
         if self.board is not None:
             for key, value in row.items():
                 if key != "step" and isinstance(value, (int, float)):
@@ -86,6 +89,22 @@ class Reporter:
         self.bar.close()
         if self.board is not None:
             self.board.close()
+
+
+class Quiet:
+    """A reporter that says nothing: for all processes of a job but the first."""
+
+    sums: dict[str, tuple[float, int]]
+
+    def __init__(self) -> None:
+        self.sums = {}
+
+    def step(self, metrics: Mapping[str, float]) -> None: ...
+    def skip(self, step: int, why: str) -> None: ...
+    def log(self, step: int, **extra: float) -> None: ...
+    def write(self, row: dict[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 def tensorboard_writer(folder: Path, start: int) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.weights.io import load_weights, save_weights
+from train.sharded import piece_like, whole
 
 PATTERN = "step-*.safetensors"
 LOCK = ".lock"
@@ -93,7 +94,7 @@ def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
     """The optimiser's per-parameter state as `prefix/index/name`."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        f"{prefix}/{index}/{name}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
         for index, entries in state.items()
         for name, value in entries.items()
     }
@@ -101,11 +102,12 @@ def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
     """The inverse of `optimizer_tensors`; the groups (learning rate and so on) stay as configured."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}/"):
             _, index, name = key.rsplit("/", 2)
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = piece_like(parameters[int(index)], value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():

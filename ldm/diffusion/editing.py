@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise
@@ -91,7 +91,7 @@ def concatenated(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def with_channels(
         x: Float[Tensor, "B C h w"],
-        t: Float[Tensor, " B"],
+        t: Num[Tensor, " B"],
         *,
         channels: Float[Tensor, "B D h w"],
         **more: Any,

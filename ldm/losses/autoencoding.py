@@ -31,7 +31,8 @@ class AutoencoderLossConfig:
     latent of the batch (0: never).
     logvar: log of the scale of the reconstruction's errors; learned_logvar: it starts there and is trained
     with the weights. (In the original's code it is a parameter that no optimiser knows.)
-    perceptual_weights: safetensors file with a trained LPIPS network, needed for a perceptual term.
+    perceptual_weights: safetensors file with a trained LPIPS network, needed for a perceptual term; or "hed",
+    the VGG distance that stands in for it (`perceptual.py`), which the log calls "vgg_distance".
     adversarial_start: generator step, counted from 0, in which discriminator and adversarial term set in: one
     update of the autoencoder, whatever the accumulation, is a step; the discriminator's are not counted. (The
     original's counter, Lightning's `global_step`, counts both players' from Lightning 1.6 on.)
@@ -60,7 +61,9 @@ class AutoencoderLossConfig:
         if not abs(self.logvar) <= LOGVAR_LIMIT:
             raise ValueError(f"loss.logvar must be in -{LOGVAR_LIMIT}..{LOGVAR_LIMIT}, got {self.logvar}")
         if self.perceptual_weight and not self.perceptual_weights:
-            raise ValueError("loss.perceptual_weight needs loss.perceptual_weights=FILE with a trained LPIPS")
+            raise ValueError(
+                "loss.perceptual_weight needs loss.perceptual_weights=FILE with a trained LPIPS, or hed"
+            )
 
     def require_form(self, codebook_size: int | None) -> None:
         """Raises ValueError for settings that make no sense with the autoencoder's form."""

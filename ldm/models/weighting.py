@@ -165,6 +165,8 @@ def skipping(text_encoder: TextEncoder, layers: int) -> TextEncoder:
 
     Counted as diffusers does, see `clip_skip_layers`. Raises ValueError where no layer is left.
     """
+    if layers == 0:
+        return text_encoder
     other = copy.copy(text_encoder)  # shares its modules
     other.config = replace(text_encoder.config, skip_layers=text_encoder.config.skip_layers + layers)
     return other

@@ -1,6 +1,7 @@
 """`ldm-sample evaluate` on sets made so that the answer is known, and the measures it is built of."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,143 @@ def test_data_that_is_no_folder_of_ours(data: Path, model: Path, capsys: pytest.
     assert "metadata.jsonl does not exist; --data is a folder" in capsys.readouterr().err
     assert evaluate(data, model, "--captions", "0") == 2
     assert "--captions must be at least 1, got 0" in capsys.readouterr().err
+
+
+# --- two sets of pictures -----------------------------------------------------------------------------------
+
+
+def test_the_training_pictures_as_samples(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal sets: no distance, all covered, every sample is a repetition; and the file says by what measure."""
+    pytest.importorskip("torchmetrics")
+    pretending(data, 0, monkeypatch)
+    with_features = ["--captions", "50", "--features", "thumbnails", "--feature-size", "4", "--batch", "7"]
+    assert evaluate(data, model, *with_features) == 0
+    found, settings = results(data)["results"], results(data)["settings"]
+    samples = found["distribution"]["samples"]
+    assert samples["frechet"] == pytest.approx(0, abs=1e-6)
+    assert (samples["precision"], samples["recall"], samples["counts"]) == (1.0, 1.0, [50, 50])
+    assert found["distribution"]["ideal"] is None  # 50 pictures are too few to set 50 aside
+    assert "50 pictures for 48 features" in found["distribution"]["doubts"][0]
+    repeated = found["memorisation"]["train"]
+    assert (repeated["samples"]["median"], repeated["samples"]["below"]) == (0, 1)
+    assert repeated["real"]["smallest"] > 0 and repeated["against"].startswith("training pictures")
+    assert found["memorisation"]["heldout_pair"]["samples"]["count"] == 10
+    assert settings["features"]["name"] == "thumbnails"
+    assert "not comparable with published FIDs" in settings["features"]["what"]
+    assert settings["reference"]["count"] == 50 and len(settings["reference"]["sha256"]) == 64
+    assert "4x4" in settings["resize"] and settings["feature_size"] == 4
+    told = capsys.readouterr().out
+    assert "seen by the picture at 4x4, no network" in told and "Fréchet distance" in told
+    sheet = Image.open(data.parent / "out" / "nearest-train-0000.png")
+    assert sheet.size == (8 * 34 + 2, 8 * 34 + 2)  # the 32 nearest of 50 pairs, four a row
+    pair = np.array(sheet)[2:34, 2:68]
+    assert np.array_equal(pair[:, :32], pair[:, 34:])
+    assert (data.parent / "out" / "nearest-heldout_pair-0000.png").exists()
+
+
+def test_without_features_nothing_of_it_is_said(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretending(data, 0, monkeypatch)
+    monkeypatch.setattr("sample.evaluate.require_torchmetrics", lambda: pytest.fail("is not needed"))
+    assert evaluate(data, model, "--captions", "3") == 0
+    assert set(results(data)["results"]) == {"train", "heldout_pair", "heldout_psnr"}
+    assert not {"features", "feature_size", "real", "fake", "reference"} & set(results(data)["settings"])
+    assert not list((data.parent / "out").glob("nearest*"))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """40 noise pictures of different sizes, and 20 samples: 5 copies of those, 15 darker ones."""
+    rng = np.random.default_rng(1)
+    real, fake = tmp_path / "real", tmp_path / "fake"
+    real.mkdir()
+    fake.mkdir()
+    for i in range(40):
+        pixels = rng.integers(0, 256, (8 + i % 3, 8 + i % 2, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(real / f"{i:02d}.png")
+        if i < 20:
+            Image.fromarray(pixels if i < 5 else pixels // 4).save(fake / f"{i:02d}.png")
+    return real, fake
+
+
+def compare(real: Path, fake: Path, *arguments: str) -> int:
+    where = ["--real", str(real), "--fake", str(fake), "--out", str(real.parent / "out"), "--device", "cpu"]
+    return main(["evaluate", *where, *arguments])
+
+
+def comparison(real: Path) -> dict[str, Any]:
+    return json.loads((real.parent / "out" / "comparison.json").read_text())
+
+
+def test_two_folders_without_a_model(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr("sample.evaluate.load_pipeline", lambda args: pytest.fail("no model is needed"))
+    thumbnails = ["--features", "thumbnails", "--feature-size", "2"]
+    assert compare(*folders, *thumbnails) == 0
+    found = comparison(folders[0])
+    samples, best = found["results"]["distribution"]["samples"], found["results"]["distribution"]["ideal"]
+    assert (samples["counts"], best["counts"]) == ([40, 20], [20, 20])
+    assert samples["frechet"] > 2 * best["frechet"] and samples["kid"] > best["kid"]
+    assert samples["precision"] == 0.25 < best["precision"]  # the copies
+    repeated = found["results"]["memorisation"]["samples"]
+    assert repeated["samples"]["below"] == pytest.approx(0.25, abs=0.01)  # the copies
+    settings = found["settings"]
+    assert (settings["reference"]["count"], settings["samples"]["count"]) == (40, 20)
+    assert str(folders[0]) == settings["real"] and "model" not in settings
+    assert "nearest-0000.png" in capsys.readouterr().out
+    assert read_parameters(folders[0].parent / "out" / "nearest-0000.png") == settings
+
+    assert compare(*folders, *thumbnails) == 0  # once more: the same file, bit for bit
+    assert comparison(folders[0]) == found
+    for path in list(folders[0].iterdir()):  # other names and order: the same hash
+        path.rename(path.with_name(f"x{99 - int(path.stem)}.png"))
+    assert compare(*folders, *thumbnails) == 0
+    assert comparison(folders[0])["settings"]["reference"] == settings["reference"]
+    Image.new("RGB", (9, 9)).save(folders[0] / "one more.png")
+    assert compare(*folders, *thumbnails) == 0
+    assert comparison(folders[0])["settings"]["reference"]["sha256"] != settings["reference"]["sha256"]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--real", "REAL"], "--real DIR and --fake DIR go together, and without --data"),
+    (["--real", "REAL", "--fake", "FAKE", "--data", "REAL"], "go together, and without --data"),
+    (["--real", "REAL", "--fake", "FAKE"], "--real and --fake need --features hed"),
+    (["--real", "REAL", "--fake", "NONE", "--features", "thumbnails"], "nowhere: no such folder"),
+    (["--real", "REAL", "--fake", "FEW", "--features", "thumbnails"], "9 samples are too few to compare two sets"),
+    (["--real", "TORN", "--fake", "FAKE", "--features", "thumbnails"], "torn.png: unreadable image"),
+    (["--real", "REAL", "--fake", "FAKE", "--features", "vgg"], "--features 'vgg' is not known"),
+    (["--data", "REAL", "--feature-size", "64"], "--feature-size needs --features hed"),
+    ([], "evaluate needs --data DIR, or --real DIR and --fake DIR"),
+])  # fmt: skip
+def test_faulty_comparisons_are_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pytest.importorskip("torchmetrics")
+    real, fake = folders
+    places = {"REAL": real, "FAKE": fake, "NONE": tmp_path / "nowhere"}
+    for name in ("FEW", "TORN"):
+        places[name] = tmp_path / name
+        shutil.copytree(real, places[name])
+    for path in sorted(places["FEW"].iterdir())[9:]:
+        path.unlink()
+    (places["TORN"] / "torn.png").write_bytes((real / "00.png").read_bytes()[:60])
+    command = [str(places.get(argument, argument)) for argument in arguments]
+    assert main(["evaluate", "--out", str(tmp_path / "out"), *command]) == 2
+    told = capsys.readouterr().err.strip().split("\n")[-1]
+    assert message in told and told.startswith("ldm-sample: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_captions_to_compare(
+    data: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    monkeypatch.delattr(Pipeline, "txt2img")  # nothing is sampled before this is known
+    assert evaluate(data, model, "--captions", "9", "--features", "thumbnails") == 2
+    assert "9 samples are too few to compare two sets; at least 10" in capsys.readouterr().err

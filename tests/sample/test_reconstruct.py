@@ -104,3 +104,24 @@ def test_a_bad_lpips_file_is_one_line(
     error = capsys.readouterr().err
     assert "lpips_vgg16.safetensors does not exist" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_stand_in_is_told_under_its_own_name(
+    model: Path, tmp_path: Path, lpips_file: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """`--lpips hed` is a distance of VGG features, and must not be taken for LPIPS."""
+    network = load_lpips(lpips_file)
+    network.label, network.trunk = "VGG distance", "edges of photographs"
+    asked: list[str] = []
+    monkeypatch.setattr("sample.reconstruct.load_perceptual", lambda name: asked.append(name) or network)
+    image = picture(tmp_path / "a.png", 16, 16)
+    where = ["--model", str(model), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["reconstruct", *where, "--lpips", "hed:x.h5", str(tmp_path / "a.png")]) == 0
+    line, last = capsys.readouterr().out.splitlines()
+    assert asked == ["hed:x.h5"]
+    assert "VGG distance " in line and "LPIPS" not in line + last
+    assert last.endswith("(VGG distance on edges of photographs)")
+    parameters = read_parameters(tmp_path / "out" / "reconstruct-0000.png")
+    assert parameters["vgg_distance"] > 0 and parameters["trunk"] == "edges of photographs"
+    assert "lpips" not in parameters and image.shape == (1, 3, 16, 16)

@@ -22,6 +22,7 @@ import ldm.weights.io as io
 from ldm.weights.io import load_weights
 from train import __main__ as command
 from train.loop import Interrupted, train
+from train.plan import memory_advice
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,37 @@ def test_a_full_disk_costs_the_new_state_only(unbroken, tmp_path, capsys, main, 
     assert states(tmp_path) == ["step-00000005.safetensors"]
     monkeypatch.undo()  # room again
     train(TinyTask(config_of(tmp_path)), True, "")
+    assert_equal_runs(unbroken, tmp_path)
+
+
+def test_a_full_disk_at_the_log_is_named_and_costs_nothing(unbroken, tmp_path, capsys, main):
+    """`/dev/full` has no room for anything; it takes the log's place after the state of step 5."""
+    log = tmp_path / "log.jsonl"
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+
+    def fill(loss):
+        log.rename(tmp_path / "kept")
+        log.symlink_to("/dev/full")
+        return loss
+
+    assert main(TinyTask(config_of(tmp_path), at={6: fill})) == 2
+    assert one_line(capsys).endswith(f"{log}: No space left on device")
+    assert states(tmp_path) == ["step-00000005.safetensors"]
+    (tmp_path / "kept").replace(log)
+    train(TinyTask(config_of(tmp_path)), True, "")
+    assert_equal_runs(unbroken, tmp_path)
+
+
+def test_a_full_disk_at_the_model_leaves_the_last_state_to_export_from(unbroken, tmp_path, capsys, main):
+    class Full(TinyTask):
+        def export(self, folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "tiny.safetensors"))
+
+    assert main(Full(config_of(tmp_path))) == 2
+    assert one_line(capsys).endswith("tiny.safetensors: No space left on device")
+    assert states(tmp_path)[-1] == "step-00000012.safetensors"
+    train(TinyTask(config_of(tmp_path)), True, "")  # trains nothing, exports
     assert_equal_runs(unbroken, tmp_path)
 
 
@@ -391,7 +423,7 @@ def test_the_exit_status_is_documented(capsys):
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_too_little_memory_names_the_settings_to_lower(tmp_path, capsys, main, error):
+def test_too_little_memory_names_the_settings_to_lower(unbroken, tmp_path, capsys, main, error):
     def fail(loss):
         raise error
 
@@ -399,7 +431,24 @@ def test_too_little_memory_names_the_settings_to_lower(tmp_path, capsys, main, e
     line = one_line(capsys)
     assert "lower run.batch (now 8)" in line
     assert "raise run.accumulate (now 1: 8 images at once)" in line
+    assert line.endswith("run.activation_checkpointing=true, or run.precision=bfloat16 (now float32)")
     assert states(tmp_path) == ["step-00000005.safetensors"]
+    train(TinyTask(config_of(tmp_path)), True, "")
+    assert_equal_runs(unbroken, tmp_path)
+
+
+def test_torch_itself_without_memory_is_taken_for_that(tmp_path, capsys, main):
+    def fill(loss):
+        torch.empty(2**50, dtype=torch.uint8)  # a thousand terabytes, more than there are addresses for
+
+    assert main(TinyTask(config_of(tmp_path, batch=6, accumulate=3), at={6: fill})) == 2
+    assert "lower run.batch (now 6), or keep it and raise run.accumulate (now 3: 2 images" in one_line(capsys)
+    assert states(tmp_path) == ["step-00000005.safetensors"]
+
+
+def test_what_is_set_already_is_not_advised(tmp_path):
+    saving = config_of(tmp_path, activation_checkpointing=True, precision="bfloat16")
+    assert memory_advice(TinyTask(saving)).endswith("images at once)")
 
 
 def test_an_error_of_the_program_is_not_taken_for_lack_of_memory(tmp_path, main):
@@ -454,3 +503,21 @@ def test_tensorboard_has_the_numbers_of_the_log(tmp_path, monkeypatch):
         if key not in ("step", "skipped")
     }
     assert {(name, step): value for name, value, step in resumed} == pytest.approx(logged, rel=1e-5)
+
+
+def test_tensorboard_itself_reads_what_is_written(tmp_path):
+    """With the real package: the file of a run holds the numbers of the log."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(TinyTask(config_of(tmp_path, tensorboard=True)), False, "")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    curves = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in tags}
+    logged = {}
+    for row in (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()):
+        for key in row.keys() - {"step"}:
+            logged.setdefault(key, {})[row["step"]] = row[key]
+    assert {"loss", "gradient", "lr", "images_per_second", "validation"} <= curves.keys() == logged.keys()
+    for key, values in logged.items():
+        assert curves[key] == pytest.approx(values, rel=1e-5)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm.config import find_config, shipped_names
 from ldm.weights.io import load_weights
+from sample.model import SHIPPED
 from train.__main__ import build_task, main
 from train.loop import train
 from train.plan import frozen_bytes, memory_advice, plan, times
@@ -117,3 +118,23 @@ def test_advice_for_want_of_memory_names_the_sizes_of_the_model(pictures):
     task = build_task("autoencoder", "configs/train/tiny_autoencoder.yaml", [f"data.path={pictures}"])
     advice = memory_advice(task)
     assert "run.batch (now 8)" in advice and "autoencoder.base_channels, data.size" in advice
+
+
+STUDIES = [name for name in shipped_names() if name.startswith("configs/ablations/")]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_shipped_study_runs_dry(name, pictures, tmp_path, capsys):
+    study = yaml.safe_load(find_config(name).read_text())
+    options = [f"data.path={pictures}", "data.concepts=[]", "run.device=cpu", "--out", str(tmp_path / "new")]
+    if study["task"] == "diffusion":
+        options.insert(0, f"autoencoder={SHIPPED / 'emoji' / 'autoencoder.safetensors'}")
+    assert main(["ablate", name, *options, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for arm, changes in study["arms"].items():
+        assert re.search(rf"^arm {re.escape(arm)}: .+$", said, re.M)
+        assert all(arm == study["baseline"] or change.partition("=")[0] in said for change in changes)
+    assert said.count("parameters to train") == said.count("  memory: ") == len(study["arms"])
+    runs = len(study["arms"]) * len(study["seeds"])
+    assert f"{runs} runs (" in said and ", 0 of them finished; then table.md, table.csv" in said
+    assert list(tmp_path.iterdir()) == []

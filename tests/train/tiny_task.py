@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.seeding import derive, generator
 from ldm.weights.io import load_weights, save_weights
+from train.distributed import parts_of
 from train.loop import Player, RunConfig
 
 
@@ -59,7 +60,7 @@ class TinyTask:
     def batch(self, step, part):
         run = self.config.run
         x = torch.randn(run.batch, 2, 3, 3, generator=generator(run.seed, "data", step))
-        return x.chunk(run.accumulate)[part]
+        return x.chunk(parts_of(run.accumulate))[part]
 
     def loss(self, step, part):
         x = self.batch(step, part)

@@ -7,6 +7,7 @@ are measured on the training images at the end (Rombach et al. 2022, section 4.3
 diffusion model have zero mean and unit variance); in the VQ form they are 1 and 0, as in the released models.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from ldm.losses.autoencoding import (
     negative_log_likelihood,
     reconstruction_loss,
 )
-from ldm.losses.perceptual import SMALLEST_IMAGE, load_lpips
+from ldm.losses.perceptual import SMALLEST_IMAGE, load_perceptual
 from ldm.metrics import psnr
 from ldm.models.autoencoder import (
     AutoencoderConfig,
@@ -38,8 +39,16 @@ from ldm.models.quantizer import CodeUsage, Quantized, perplexity, usage
 from ldm.seeding import derive, generator
 from ldm.weights.io import save_weights
 from sample.images import save_grid
-from train.data import DataConfig, batch_indices, load_images, to_float
+from train.bad_steps import pictures
+from train.bucketed import batch_rows, in_parts, load, on_one_sheet
+from train.buckets import bucket_shapes
+from train.captions import data_key
+from train.data import DataConfig, to_float
+from train.distributed import parts_of, rank
 from train.loop import Player, RunConfig
+from train.reading import Ahead
+from train.recompute import recompute_blocks
+from train.streaming import joined, require_whole
 
 
 @dataclass(frozen=True)
@@ -53,15 +62,24 @@ class AutoencoderTaskConfig:
 
     def __post_init__(self) -> None:
         size, stage = self.data.size, self.autoencoder
+        if self.run.parallel == "fsdp":
+            raise ValueError("run.parallel=fsdp is for diffusion models; set it to ddp for an autoencoder")
+        if self.run.compile:
+            raise ValueError("run.compile=true is for diffusion models; set it to false for an autoencoder")
         if stage.in_channels != 3:
             raise ValueError(f"autoencoder.in_channels must be 3, for RGB pictures, got {stage.in_channels}")
         if size % stage.factor:
             raise ValueError(f"data.size {size} is not a multiple of the autoencoder's factor {stage.factor}")
         self.loss.require_form(stage.codebook_size)
-        if self.loss.perceptual_weight and size < SMALLEST_IMAGE:
-            raise ValueError(f"data.size {size} is too small for LPIPS, which needs {SMALLEST_IMAGE} px")
+        self.data.buckets.require_step(stage.factor)
+        shapes = bucket_shapes(self.data.buckets, size) if self.data.buckets.on else [(size, size)]
+        least = min(map(min, shapes))
+        if self.loss.perceptual_weight and least < SMALLEST_IMAGE:
+            side = f"data.size {size}" if least == size else f"a side of {least} px, which data.buckets has,"
+            raise ValueError(f"{side} is too small for LPIPS, which needs {SMALLEST_IMAGE} px")
         if self.loss.adversarial_weight:
-            self.loss.discriminator.require_size(size, size)
+            for width, height in shapes:
+                self.loss.discriminator.require_size(height, width)
 
 
 def initialise(model: AutoencoderKL | AutoencoderVQ) -> None:
@@ -88,12 +106,17 @@ class AutoencoderTask:
     def __init__(self, config: AutoencoderTaskConfig):
         self.config = config
         self.device = pick_device(config.run.device)
-        self.images = load_images(config.data, "train").pixels  # (N, 3, H, W) uint8
-        self.heldout = load_images(config.data, "heldout_image").pixels
+        images = load(config.data, "train", config.run.batch)
+        self.images, self.files = images.pixels, images.files  # (N, 3, H, W) uint8
+        self.ahead = Ahead(self.images, self._rows, threads=int(config.data.stream))
+        self.data_key = data_key(images.files)
+        self.heldout = load(config.data, "heldout_image", config.run.batch, images).pixels
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         model = make_autoencoder(config.autoencoder)
         initialise(model)
         self.model = place(model, self.device)
+        if config.run.activation_checkpointing:
+            recompute_blocks(self.model)
         self.logvar = torch.tensor(config.loss.logvar, device=self.device)
         if config.loss.learned_logvar:
             self.logvar = nn.Parameter(self.logvar)
@@ -104,9 +127,11 @@ class AutoencoderTask:
             if config.loss.revive_after:
                 size = quantizer.embedding.num_embeddings
                 self.usage = CodeUsage(size, config.loss.revive_after).to(self.device)
-        self.players = {"model": Player(self.trained(), self.loss)}
+        self.players = {"model": Player(self.trained(), self.loss, seen=self.seen)}
+        if self.usage is not None and isinstance(self.model, AutoencoderVQ):  # `loss` revives dead codes
+            self.players["model"].written = (self.model.quantizer.embedding.weight,)
         if config.loss.perceptual_weight:
-            self.perceptual = place(load_lpips(config.loss.perceptual_weights), self.device)
+            self.perceptual = place(load_perceptual(config.loss.perceptual_weights), self.device)
         if config.loss.adversarial_weight:
             torch.manual_seed(derive(config.run.seed, "discriminator"))
             channels = config.autoencoder.in_channels
@@ -116,6 +141,7 @@ class AutoencoderTask:
                 self.discriminator_loss,
                 averaged=False,
                 starts_at=config.loss.adversarial_start,
+                seen=self.seen,
             )
 
     def trained(self) -> nn.Module:
@@ -130,9 +156,17 @@ class AutoencoderTask:
 
     def batch(self, step: int, part: int) -> Tensor:
         """Images (b, 3, H, W) in [-1, 1] of one part of the batch of `step`."""
+        require_whole(self.images)
+        return to_float(self.ahead(step, part)).to(self.device)
+
+    def _rows(self, step: int, part: int) -> Tensor:
         run = self.config.run
-        rows = batch_indices(len(self.images), run.batch, run.seed, step)
-        return to_float(self.images[rows.chunk(run.accumulate)[part]]).to(self.device)
+        rows = batch_rows(self.images, run.batch, run.seed, step)
+        return rows.chunk(parts_of(run.accumulate))[part]
+
+    def seen(self, step: int, parts: Iterable[int]) -> str:
+        """The pictures in these parts of a batch."""
+        return pictures([self.files[row] for part in parts for row in self._rows(step, part).tolist()])
 
     def reconstruct(self, images: Tensor, *key: int | str) -> tuple[Tensor, DiagonalGaussian | Quantized]:
         """Reconstructions, and what the bottleneck says of them.
@@ -149,7 +183,9 @@ class AutoencoderTask:
 
     def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         images = self.batch(step, part)
-        revived = self.revive(images, step) if part == 0 else {}
+        revived: dict[str, float] = {}
+        if part == rank():  # each process's first part: all revive alike, and so keep the same codes
+            revived = self.revive(images if part == 0 else self.batch(step, 0), step)
         reconstructions, bottleneck = self.reconstruct(images, step, part)
         l1 = reconstruction_loss(images, reconstructions)
         quality = psnr(images, reconstructions.detach()).mean()
@@ -158,7 +194,7 @@ class AutoencoderTask:
         if weights.perceptual_weight:
             distance = self.perceptual(images, reconstructions).mean()
             reconstruction = l1 + weights.perceptual_weight * distance
-            values["perceptual"] = distance.item()
+            values[self.perceptual.log_name] = distance.item()
         nll = negative_log_likelihood(reconstruction, self.logvar)
         if weights.learned_logvar:
             values["logvar"] = self.logvar.item()
@@ -167,7 +203,7 @@ class AutoencoderTask:
             total = nll + weights.codebook_weight * bottleneck.loss.mean()
             values |= {"codebook": bottleneck.loss.mean().item(), **self.of_codes(bottleneck.indices)}
             if self.usage is not None:
-                self.usage.count(bottleneck.indices, part)
+                self.usage.count(bottleneck.indices, part - rank())
         else:
             limit = ADAPTIVE_LIMIT / images[0].numel()
             kl = kl_loss(bottleneck, images)
@@ -218,7 +254,8 @@ class AutoencoderTask:
         if not len(self.heldout):
             return {}
         qualities, indices = [], []
-        for images in (to_float(part).to(self.device) for part in self.heldout.split(32)):
+        for rows in in_parts(self.heldout, 32):
+            images = to_float(self.heldout[rows]).to(self.device)
             z = self.model.encode(images).mode()
             qualities.append(psnr(images, self.model.decode(z)))
             if isinstance(self.model, AutoencoderVQ):
@@ -231,18 +268,21 @@ class AutoencoderTask:
     def preview(self, path: Path) -> None:
         """Held-out images (training images where none are held out) above their reconstructions."""
         pixels = self.heldout if len(self.heldout) else self.images
-        images = to_float(pixels[:8]).to(self.device)
-        pairs = torch.cat([images, self.model.decode(self.model.encode(images).mode())])
-        save_grid(pairs, path, columns=len(images))
+        pixels = pixels[:8]
+        images = [to_float(pixels[rows]).to(self.device) for rows in in_parts(pixels, 8)]
+        made = [self.model.decode(self.model.encode(some).mode()) for some in images]
+        save_grid(on_one_sheet([*images, *made]), path, columns=len(pixels))
 
     def latent_scale(self) -> tuple[float, float]:
         """Scale and shift that give the latents of the training images zero mean and unit variance; of the
         VQ form's 1 and 0."""
         if isinstance(self.model, AutoencoderVQ):
             return 1.0, 0.0
-        modes = torch.cat(
-            [self.model.encode(to_float(part).to(self.device)).mode().cpu() for part in self.images.split(64)]
-        )
+        parts = (to_float(self.images[rows]).to(self.device) for rows in in_parts(self.images, 64))
+        encoded = (self.model.encode(images).mode().cpu() for images in parts)
+        if not isinstance(self.images, Tensor):
+            encoded = (mode.flatten() for mode in encoded)  # of several shapes
+        modes = joined(encoded, self.images)
         return 1 / float(modes.std()), float(modes.mean())
 
     def export(self, folder: Path) -> None:
