@@ -1,4 +1,6 @@
-"""Settings of every test: shapes and types checked on each call, two threads, nothing read from the user's home.
+"""Settings of every test: shapes and types checked on each call, nothing read from the user's home.
+
+Two processes with one thread each share the tests out by files (`-n 0`: one process with two threads).
 
 With pytest's default import mode each test file's folder is on the path; `tests` itself is put there too, for the
 helpers `formula` and `terrain`.
@@ -14,6 +16,8 @@ from jaxtyping import install_import_hook
 HERE = Path(__file__).parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the oracle libraries must not look for anything on the network
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start, too
 sys.path.insert(0, str(HERE))
 install_import_hook(["ldm", "sample", "train"], "beartype.beartype")  # before any of them is imported
 

@@ -102,7 +102,7 @@ def test_the_adm_block_keeps_its_norm_and_residual(order: str, monkeypatch: pyte
     block = randomised(SelfAttentionBlock(12, 3, groups=4, qkv_order=order))
     x = torch.randn(2, 12, 3, 4)
     weak = IdentityAttentionBlock(block)(x)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: v)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: v)
     assert torch.equal(weak, block(x))
 
 

@@ -35,7 +35,7 @@ VALUES: dict[str, list[str]] = {
     "left": ["1"], "top": ["2"], "right": ["3"], "bottom": ["4"],
     # looking inside, speed
     "preview": ["linear"], "preview_every": ["2"], "frames": ["gif"], "fast_conv": ["0.5"],
-    "deep_cache": ["2"], "token_merging": ["0.25"],
+    "deep_cache": ["2"], "token_merging": ["0.25"], "noise_level": ["100"],
     # model
     "model": ["möd el"], "kind": ["sd15"], "prediction": ["v"], "weights": ["raw"], "vocabulary": ["v.txt"],
     "device": ["cpu"], "dtype": ["bfloat16"],

@@ -294,7 +294,11 @@ def seen_in_first_step(config) -> tuple[dict, list]:
     task = build(config)
     weights = {name: value.clone() for name, value in task.networks.state_dict().items()}
     told: list = []
-    task.unet.register_forward_pre_hook(lambda _, args: told.append([each.clone() for each in args]))
+
+    def note(_, args, named):
+        told.append([each.clone() for each in (*args, *named.values())])
+
+    task.unet.register_forward_pre_hook(note, with_kwargs=True)
     task.loss(0, 0)
     return weights, told[0]
 

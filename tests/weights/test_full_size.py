@@ -1,6 +1,6 @@
 """The checkpoints' networks at full size against diffusers, transformers and open_clip, on the formula's weights.
 
-    python -m pytest tests/weights/test_full_size.py -m slow -s
+    python -m pytest -n 0 tests/weights/test_full_size.py -m slow -s
 
 prints the README's table. No weights of others are needed: `formula.py` fills a model of any size from the names
 of its tensors. Two proofs: each part alone in a single forward, and the whole way from a file in the original's
