@@ -409,10 +409,14 @@ def pictures(task: DiffusionTask, dtype: torch.dtype) -> Iterator[tuple[Tensor, 
         return pixels.float() / 127.5 - 1, task.tokenizer([entries[index].caption])[0]  # type: ignore[misc]
 
     loader: DataLoader[Any] = DataLoader(_Set(len(entries), read), task.config.run.batch, shuffle=True)
-    while True:
-        for images, ids in loader:
-            z = vae.encode(images.to(dtype)).latent_dist.sample() * vae.config.scaling_factor
-            yield z, ids
+
+    def encoded() -> Iterator[tuple[Tensor, Tensor]]:  # apart: the networks above are made at once
+        while True:
+            for images, ids in loader:
+                z = vae.encode(images.to(dtype)).latent_dist.sample() * vae.config.scaling_factor
+                yield z, ids
+
+    return encoded()
 
 
 class _Set(torch.utils.data.Dataset[Any]):
