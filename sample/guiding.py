@@ -66,12 +66,19 @@ def needs_uncond(weights: Sequence[float], rule: Rule | None) -> bool:
 
 
 def fitting(weak: Parts, parts: Parts) -> Parts:
-    """`weak`, if it is a model of the same latents. Raises ValueError where it is not."""
+    """`weak`, if it is a model of the same latents that reads the same besides; else raises ValueError."""
     names = ("latent_channels", "factor", "scale_factor", "shift_factor")
     has, wanted = ([getattr(each.autoencoder.config, name) for name in names] for each in (weak, parts))
     if has != wanted:
         raise ValueError(
             f"the model for autoguidance has latents of another kind: {', '.join(names)} are {has}, "
+            f"wanted {wanted}"
+        )
+    names = ("in_channels", "num_classes")
+    has, wanted = ([getattr(each.unet.config, name) for name in names] for each in (weak, parts))
+    if has != wanted:
+        raise ValueError(
+            f"the model for autoguidance reads something else besides latents: {', '.join(names)} are {has}, "
             f"wanted {wanted}"
         )
     return weak

@@ -112,6 +112,20 @@ def test_autoguidance(pipe: Pipeline, build: Any) -> None:
     close(first_estimate(pipe, guidance=Guidance(2, weak=weak)), worse + 2 * (cond - worse))
 
 
+@pytest.mark.parametrize(("part", "change", "message"), [
+    ("unet", {"in_channels": 9}, r"reads something else besides latents: .* are \[9, None\], wanted \[4, None\]"),
+    ("unet", {"num_classes": 1000}, "reads something else"),
+    ("autoencoder", {"scale_factor": 0.5}, "has latents of another kind"),
+])  # fmt: skip
+def test_autoguidance_by_a_model_of_another_kind(
+    pipe: Pipeline, build: Any, part: str, change: dict[str, Any], message: str
+) -> None:
+    weak = build()
+    getattr(weak, part).config = replace(getattr(weak, part).config, **change)
+    with pytest.raises(ValueError, match=message):
+        first_estimate(pipe, guidance=Guidance(2, weak=weak))
+
+
 def test_prompts_together(pipe: Pipeline) -> None:
     _, _, [apple, fish, nothing] = predictions(pipe, "an apple", "a fish", "")
     wanted = nothing + 2 * (0.7 * (apple - nothing) + 0.5 * (fish - nothing))
