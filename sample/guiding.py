@@ -67,7 +67,7 @@ def needs_uncond(weights: Sequence[float], rule: Rule | None) -> bool:
 
 def fitting(weak: Parts, parts: Parts) -> Parts:
     """`weak`, if it is a model of the same latents that reads the same besides; else raises ValueError."""
-    names = ("latent_channels", "factor", "scale_factor", "shift_factor")
+    names: tuple[str, ...] = ("latent_channels", "factor", "scale_factor", "shift_factor")
     has, wanted = ([getattr(each.autoencoder.config, name) for name in names] for each in (weak, parts))
     if has != wanted:
         raise ValueError(
