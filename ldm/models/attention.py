@@ -27,7 +27,8 @@ def attend(
 ) -> Float[Tensor, "B heads N d"]:
     """Scaled dot-product attention; in training on the CPU in bfloat16 short ones are computed in float32.
 
-    There the gradient takes two to three times as long in bfloat16 (measured), and rounds more.
+    There the gradient is slower in bfloat16 than in float32 (`benchmarks.training` times the whole step),
+    and rounds more.
     """
     if q.is_cpu and torch.is_grad_enabled() and q.dtype == torch.bfloat16 and q.shape[2] <= SHORT:
         with torch.autocast("cpu", enabled=False):
