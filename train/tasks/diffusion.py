@@ -9,9 +9,7 @@ model folder for `ldm-sample`.
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,23 @@ import torch
 from torch import Tensor
 
 from ldm.device import pick_device, place
-from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.editing import concatenated
-from ldm.diffusion.loss import LossConfig, diffusion_loss, trained_timesteps
-from ldm.diffusion.noising import NoiseConfig, training_noise
+from ldm.diffusion.loss import LossConfig
+from ldm.diffusion.noising import NoiseConfig
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
 from ldm.models.class_embedder import ClassEmbedder, ClassEmbedderConfig, ClassTokenizer
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.compiled import compile_blocks
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
-from ldm.seeding import derive, generator
+from ldm.seeding import derive
 from ldm.weights.reading import open_checkpoint
 from sample.images import save_grid
 from sample.model import check_fit
 from sample.pipeline import Pipeline
 from train import bucketed
-from train.bad_steps import pictures
-from train.bucketed import AnyImages, Ragged, batch_rows, in_parts
-from train.captions import check_captions, data_key
+from train.bucketed import AnyImages, Ragged
+from train.captions import check_captions
 from train.columns import load_labels
 from train.concat import Concat, ConcatConfig, check_channels, source_files
 from train.concat import preview as preview_of_pictures
@@ -50,21 +46,10 @@ from train.conditioning import (
     trained_networks,
 )
 from train.data import DataConfig
-from train.distributed import parts_of
-from train.levels import BATCH, LEVELS, denoising_errors, within
+from train.denoising import DenoisingTask, LatentSet, PreviewConfig, check_size
+from train.levels import LEVELS
 from train.loop import Player, RunConfig
 from train.recompute import recompute_blocks
-from train.streaming import require_whole
-
-
-@dataclass(frozen=True)
-class PreviewConfig:
-    """The preview grid: fixed prompts and seeds, so that successive grids show the same pictures improve."""
-
-    prompts: tuple[str, ...] = ()
-    seed: int = 0
-    steps: int = 25
-    guidance: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -137,71 +122,46 @@ class DiffusionTaskConfig:
             )
 
 
-@dataclass
-class LatentSet:
-    """Of a split: posterior moments (N, z, h, w), caption ids (N, T) or classes (N,), masks (N, 1, h, w), and
-    what the channels beside the latents are made of (`Concat.source`)."""
+class DiffusionTask(DenoisingTask):
+    config: DiffusionTaskConfig
+    unet: UNet
+    text_encoder: TextEncoder | ClassEmbedder | None
 
-    mean: Tensor | Ragged
-    std: Tensor | Ragged
-    ids: Tensor | None
-    masks: Tensor | Ragged | None
-    source: Tensor | Ragged | None = None
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-
-def of_rows(tensor: Tensor | Ragged | None, rows: Tensor) -> Tensor | None:
-    """A copy of these rows of what a set may not have."""
-    return None if tensor is None else tensor[rows]
-
-
-class DiffusionTask:
     def __init__(self, config: DiffusionTaskConfig):
-        self.config = config
-        self.device = pick_device(config.run.device)
-        self.autoencoder = place(
-            open_checkpoint(config.autoencoder).require("autoencoder").load(), self.device
-        )
-        self.schedule = Schedule(config.diffusion)
-        given = None if config.tower is None else load_tower(config.tower).to(self.device)
+        device = pick_device(config.run.device)
+        autoencoder = place(open_checkpoint(config.autoencoder).require("autoencoder").load(), device)
+        given = None if config.tower is None else load_tower(config.tower).to(device)
         if config.tower is not None and given is not None:
             check_width(config.unet, given.config, config.tower.checkpoint)
         text = config.text if given is None else given.config
         context = text or config.classes
-        check_fit(config.unet, self.autoencoder.config, context.width if context else None)
-        self._check_size()
-        kind = check_channels(config.concat, config.unet, self.autoencoder)
+        check_fit(config.unet, autoencoder.config, context.width if context else None)
+        check_size(config.data, config.unet, autoencoder)
+        kind = check_channels(config.concat, config.unet, autoencoder)
         self.concat: Concat | None = None
         if config.concat is not None and kind is not None:
-            self.concat = Concat(config.concat, kind, self.autoencoder, config.run.seed)
-        self.tokenizer: Tokenizer | ClassTokenizer | None = None
+            self.concat = Concat(config.concat, kind, autoencoder, config.run.seed)
+        tokenizer: Tokenizer | ClassTokenizer | None = None
         if text is not None:
-            self.tokenizer = Tokenizer(text.context_length, text.padding)
+            tokenizer = Tokenizer(text.context_length, text.padding)
         elif config.classes is not None:
-            self.tokenizer = ClassTokenizer(config.classes)
-            self.tokenizer(list(config.preview.prompts))  # refuses now what the first preview would refuse
-        self.images = self._images("train")
-        self.data_key = data_key(self.images.files, self.images.captions)
-        self.heldout_images = self._images("heldout_image", self.images)
-        if isinstance(self.tokenizer, Tokenizer) and config.caption_dropout < 1:
-            check_captions(self.images.captions, self.images.files, self.tokenizer, config.data.path)
+            tokenizer = ClassTokenizer(config.classes)
+            tokenizer(list(config.preview.prompts))  # refuses now what the first preview would refuse
+        super().__init__(config, autoencoder, Schedule(config.diffusion))
+        self.read = tokenizer
+        if isinstance(tokenizer, Tokenizer) and config.caption_dropout < 1:
+            check_captions(self.images.captions, self.images.files, tokenizer, config.data.path)
         if config.concat is not None and config.concat.kind == "edit":  # refuses now what a step would refuse
             source_files(config.data, self.images.files + self.heldout_images.files)
-        self.frozen_text: FrozenText | None = None
         if config.tower is not None and given is not None and config.tower.frozen:
             captions = self.images.captions + self.heldout_images.captions[: config.validation_size]
             cache = Path(config.run.out) / "cache" if config.tower.cache else None
-            self.frozen_text = FrozenText(given, captions, cache)
-        self.empty: Tensor | None = None
-        if self.tokenizer is not None and config.caption_dropout > 0:
-            self.empty = self._ids([""])[0]  # (T,) or ()
+            self.read = self.frozen_text = FrozenText(given, captions, cache)
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         # Contiguous: on a CPU in bfloat16 a training step is faster than channels-last (benchmarks/unet.py).
         self.unet = UNet(config.unet).to(self.device)
         self.network = self.unet if self.concat is None else concatenated(self.unet)
-        self.text_encoder: TextEncoder | ClassEmbedder | None = given
+        self.text_encoder = given
         if config.text is not None:
             self.text_encoder = TextEncoder(config.text).to(self.device)
         elif config.classes is not None:
@@ -225,171 +185,35 @@ class DiffusionTask:
         self.networks = trained_networks(self.unet, self.text_encoder)
         self.sharded = tuple(self.networks.values())
         self.players = {"model": Player(self.networks, self.loss, seen=self.seen)}
-        self.newest: tuple[int, int, Tensor] = (-1, -1, torch.zeros(0))  # step, part, loss of each picture
-
-    def _check_size(self) -> None:
-        size, latent, factor = self.config.data.size, self.config.unet.sample_size, self.autoencoder.factor
-        if size != latent * factor:
-            raise ValueError(
-                f"data.size is {size}, but must be unet.sample_size times the autoencoder's factor: "
-                f"{latent} x {factor} = {latent * factor}"
-            )
-        self.config.data.buckets.require_step(factor, self.config.unet.factor)
 
     def _images(self, split: str, like: AnyImages | None = None) -> AnyImages:
         """A split of the set; where the model reads classes, their numbers are its captions."""
-        images = bucketed.load(self.config.data, split, self.config.run.batch, like)
+        images = super()._images(split, like)
         classes = self.config.classes
         if classes is None:
             return images
         labels = load_labels(self.config.data, images.files, classes.num_classes)
         return replace(images, captions=[str(label) for label in labels])
 
-    def _ids(self, captions: list[str]) -> Tensor:
-        """What a batch carries of its captions: token ids, classes, numbers of cached features."""
-        read = self.frozen_text or self.tokenizer
-        assert read is not None
-        return read(captions)
-
-    @cached_property
-    def data(self) -> LatentSet:
-        """The training set, encoded when it is first asked for: a dry run writes no cache."""
-        return self._encoded("train", self.images, len(self.images))
-
-    @cached_property
-    def heldout(self) -> LatentSet:
-        return self._encoded("heldout", self.heldout_images, self.config.validation_size)
-
-    def prepare(self) -> None:
-        """Encode the training set; of several processes the first does it alone, and the others read it."""
-        _ = self.data
-
-    def _encoded(self, name: str, images: AnyImages, count: int) -> LatentSet:
-        """The first `count` pictures of a split."""
-        cache = Path(self.config.run.out) / "cache"
-        pixels = images.pixels[:count]
-        mean, std = bucketed.moments(cache, name, pixels, self.autoencoder)
-        ids = self._ids(images.captions[:count]) if self.tokenizer else None
-        weights = None
-        if self.config.masked:
-            weights = bucketed.masks(self.config.data, images.files[:count], pixels, self.autoencoder.factor)
-        source = None
-        if self.concat is not None:
-            source = self.concat.source(self.config.data, cache, name, images.files[:count], pixels)
-        return LatentSet(mean, std, ids, weights, source)
-
-    def _rows(self, step: int, part: int) -> Tensor:
-        """Which training pictures are in this part of the batch of a step."""
-        run = self.config.run
-        require_whole(self.data.mean, self.data.source)
-        return batch_rows(self.data.mean, run.batch, run.seed, step).chunk(parts_of(run.accumulate))[part]
-
-    def _draw(self, data: LatentSet, rows: Tensor, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, timesteps and noise of `rows`, a function of (seed, key)."""
-        rng = generator(self.config.run.seed, *key)
-        z = data.mean[rows] + data.std[rows] * torch.randn(data.mean[rows].shape, generator=rng)
-        x0 = self.autoencoder.scale_latents(z)
-        t = torch.randint(self.schedule.num_timesteps, (len(rows),), generator=rng)
-        return x0, t, torch.randn(x0.shape, generator=rng)
-
-    def _context(self, ids: Tensor | None) -> Tensor | None:
-        if self.text_encoder is None or ids is None:
+    def _source(self, name: str, files: list[str], pixels: Tensor | Ragged) -> Tensor | Ragged | None:
+        if self.concat is None:
             return None
-        if self.frozen_text is not None:
-            return self.frozen_text.context(ids).to(self.device)
-        return self.text_encoder(ids.to(self.device))
+        cache = Path(self.config.run.out) / "cache"
+        return self.concat.source(self.config.data, cache, name, files, pixels)
 
     def _told(self, data: LatentSet, rows: Tensor, ids: Tensor | None, *key: int | str) -> dict[str, Tensor]:
-        """What the network is told of `rows` besides x_t and t, by keyword; draws are of (seed, key)."""
-        context = self._context(ids)
-        told = {} if context is None else {"context": context}
+        told = super()._told(data, rows, ids, *key)
         if self.concat is not None and data.source is not None:
             told["channels"] = self.concat(data.source[rows], *key).to(self.device)
         return told
 
-    def _losses(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        told: dict[str, Tensor],
-        mask: Tensor | None,
-        perturbation: Tensor | None = None,
-    ) -> Tensor:
-        """The loss of each sample, (B,)."""
-        x0, noise = x0.to(self.device), noise.to(self.device)
-        network = self.trained if torch.is_grad_enabled() else self.network
-        return diffusion_loss(
-            lambda x_t, t: network(x_t, t, **told),
-            x0,
-            t,
-            noise,
-            self.schedule,
-            self.config.loss,
-            perturbation=None if perturbation is None else perturbation.to(self.device),
-            mask=None if mask is None else mask.to(self.device),
-        )
-
-    def loss(self, step: int, part: int) -> tuple[Tensor, dict[str, float]]:
-        run, rows = self.config.run, self._rows(step, part)
-        x0, t, noise = self._draw(self.data, rows, "train", step, part)
-        noise, perturbation = training_noise(noise, self.config.noise, run.seed, step, part)
-        ids, mask = of_rows(self.data.ids, rows), of_rows(self.data.masks, rows)
-        if ids is not None and self.empty is not None:
-            chance = torch.rand(len(rows), generator=generator(run.seed, "caption", step, part))
-            ids[chance < self.config.caption_dropout] = self.empty
-        told = self._told(self.data, rows, ids, "train", step, part)
+    def _told_to_learn(self, rows: Tensor, step: int, part: int) -> dict[str, Tensor]:
+        told = super()._told_to_learn(rows, step, part)
         if self.concat is not None:
             told["channels"] = self.concat.without(told["channels"], self.config.caption_dropout, step, part)
-        losses = self._losses(x0, t, noise, told, mask, perturbation)
-        self.newest = (step, part, losses.detach())
-        return losses.mean(), {}
-
-    def seen(self, step: int, parts: Iterable[int]) -> str:
-        """The pictures in these parts of a batch and their noise levels; where the newest loss is of one of
-        the parts and not finite for some pictures, of those alone."""
-        files, levels = [], []
-        for part in parts:
-            rows = self._rows(step, part)
-            t = trained_timesteps(
-                self._draw(self.data, rows, "train", step, part)[1], self.schedule, self.config.loss
-            )
-            bad = torch.ones_like(t, dtype=torch.bool)
-            if self.newest[:2] == (step, part) and not bool(self.newest[2].isfinite().all()):
-                bad = ~self.newest[2].isfinite().cpu()
-            files += [self.images.files[row] for row in rows[bad].tolist()]
-            levels += [f"t {at} (sigma {self.schedule.sigmas[at]:.3g})" for at in t[bad].tolist()]
-        return pictures(files, levels)
-
-    def validate(self) -> dict[str, float]:
-        """Mean loss over held-out images, each on fixed noise and a fixed timestep; and their errors by
-        level, which can be compared between runs of other losses, predictions and seeds too.
-        """
-        if len(self.heldout) == 0:
-            return {}
-        losses = []
-        for part, rows in enumerate(in_parts(self.heldout.mean, 64)):
-            x0, t, noise = self._draw(self.heldout, rows, "validation", part)
-            ids, mask = of_rows(self.heldout.ids, rows), of_rows(self.heldout.masks, rows)
-            told = self._told(self.heldout, rows, ids, "validation", part)
-            losses.append(self._losses(x0, t, noise, told, mask))
-        return {"validation_loss": float(torch.cat(losses).mean()), **self._level_errors()}
-
-    def _level_errors(self) -> dict[str, float]:
-        """`validation_error@SIGMA` of the held-out latents, the means of their posteriors."""
-
-        def batches() -> Iterator[tuple[Tensor, dict[str, Any]]]:
-            for part, rows in enumerate(in_parts(self.heldout.mean, BATCH)):
-                x0 = self.autoencoder.scale_latents(self.heldout.mean[rows].to(self.device))
-                ids = of_rows(self.heldout.ids, rows)
-                yield x0, self._told(self.heldout, rows, ids, "levels", part)
-
-        levels = within(self.config.validation_levels, self.schedule)
-        errors = denoising_errors(Denoiser(self.network, self.schedule), batches(), levels, seed=0)
-        return {f"validation_error@{level:g}": error for level, error in errors.items()}
+        return told
 
     def pipeline(self) -> Pipeline:
-        """The model as it stands, ready to sample; shares the weights in training."""
         return Pipeline(
             self.unet, self.autoencoder, self.text_encoder, self.config.diffusion, device=self.device
         )
