@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL as DiffusersAutoencoder
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import ControlNetModel, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.controlnet import ControlNet
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.diffusers import to_diffusers
 from ldm.weights.diffusers_config import autoencoder_json, scheduler_json, unet_json
+from ldm.weights.diffusers_controlnet import controlnet_json
 
 
 def unet_of(config: UNetConfig) -> Any:
@@ -49,7 +51,14 @@ def autoencoder(ours: AutoencoderKL) -> Any:
     return equal(theirs, ours)
 
 
-def equal(theirs: Any, ours: UNet | AutoencoderKL, share: bool = False) -> Any:
+def controlnet(ours: ControlNet, share: bool = False) -> Any:
+    """`ours` as diffusers' ControlNetModel, likewise."""
+    with torch.device("meta"):
+        theirs = ControlNetModel.from_config(controlnet_json(ours.config))
+    return equal(theirs, ours, share)
+
+
+def equal(theirs: Any, ours: UNet | AutoencoderKL | ControlNet, share: bool = False) -> Any:
     """The weights of `ours` in `theirs`, strictly, copied unless shared; its mode and what it trains too."""
     tensors = {name: tensor if share else tensor.clone() for name, tensor in ours.state_dict().items()}
     translated = to_diffusers(tensors, ours.config)

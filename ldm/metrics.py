@@ -76,6 +76,26 @@ def nearest_ranks(
     return torch.where(best[:, 0].isinf(), distance.shape[1], ranks)
 
 
+def line_distances(drawings: Bool[Tensor, "B H W"], others: Bool[Tensor, "B H W"]) -> Float[Tensor, " B"]:
+    """How far apart the lines of each pair of drawings are, in pixels (chamfer distance, both ways averaged).
+
+        (mean over p in A of min over q in B of |p - q|  +  the same from B to A) / 2
+
+    A, B: where the drawings are True. 0 for equal ones, two empty ones included; where just one is empty, the
+    length of the diagonal, which nothing exceeds.
+    """
+    found = []
+    for a, b in zip(drawings, others, strict=True):
+        points, targets = a.nonzero().double(), b.nonzero().double()  # (P, 2), (Q, 2)
+        if len(points) and len(targets):
+            apart = torch.cdist(points, targets)
+            found.append((apart.amin(dim=1).mean() + apart.amin(dim=0).mean()) / 2)
+        else:
+            diagonal = (a.shape[0] ** 2 + a.shape[1] ** 2) ** 0.5 if len(points) + len(targets) else 0.0
+            found.append(torch.tensor(diagonal, dtype=torch.float64))
+    return torch.stack(found).float() if found else torch.zeros(0)
+
+
 def nearest_others(features: Float[Tensor, "N D"], k: int = 1) -> Float[Tensor, " N"]:
     """The distance (as in `distances`) of each to its k-th nearest other one of the same set, which must hold
     more than k."""

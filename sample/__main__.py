@@ -1,15 +1,17 @@
 """`ldm-sample COMMAND ...`, or `python -m sample COMMAND ...`: where every walk through sampling starts.
 
 Only parses; each command is a function `run(args)` in the module of its name, imported (torch with it) when
-it is called. Its options are in `options.py`.
+it is called. Its options are in `options.py`. Several processes share out the pictures of an evaluation:
+`torchrun --nproc-per-node N -m sample evaluate ...`, see `ldm/distributed.py`.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from sample import options
-from sample.cli import Parser, report, tolerate_encodings
+from sample.cli import FAILED, Parser, report, tolerate_encodings
 
 COMMANDS = {
     "txt2img": "make pictures from prompts",
@@ -21,9 +23,16 @@ COMMANDS = {
     "invert": "find the noise that a picture comes from, and how exactly",
     "again": "make a picture of ours again, with other options if wanted",
     "sweep": "vary two or three options: a labelled grid of pictures and a table",
+    "annotate": "make the hints that a ControlNet follows from pictures",
     "reconstruct": "encode pictures and decode them again, with their PSNR",
     "evaluate": "measure how well pictures show what their prompts say",
 }
+# Commands whose work several processes share, and what is said of the others
+SHARED = {"evaluate"}
+ALONE = (
+    "{} runs in one process, not in {} by torchrun, which share out the pictures of evaluate alone; for many "
+    "pictures start processes of your own, each with its numbers: -n 500 --first 0 and -n 500 --first 500"
+)
 
 
 def parser() -> Parser:
@@ -44,9 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     del args.parser  # what follows is values, which are written down
     tolerate_encodings()
     try:
-        importlib.import_module(f"sample.{args.command}").run(args)
+        return run(args)
     except BaseException as error:
         return report("ldm-sample", error, args.debug)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command in this process, or in all that a launcher has started; the exit status."""
+    from ldm.distributed import Elsewhere, last_words, launched, together, world_size
+
+    command = importlib.import_module(f"sample.{args.command}")
+    with launched():
+        try:
+            with last_words("Start all processes again"), together():
+                if world_size() > 1 and args.command not in SHARED:
+                    raise ValueError(ALONE.format(args.command, world_size()))
+                command.run(args)
+        except Elsewhere:  # and told there
+            return FAILED
+        except BaseException as error:
+            return report("ldm-sample", error, args.debug)
     return 0
 
 

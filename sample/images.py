@@ -258,8 +258,8 @@ def square_rgb(image: Image.Image, size: int) -> Image.Image:
     return square if side == size else square.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB: transparency on white, 16 bit scaled to 8.
+def to_rgb(image: Image.Image, ground: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Any Pillow image as 8-bit RGB: transparency on `ground`, white, 16 bit scaled to 8.
 
     Raises ValueError for floating-point and 32-bit pixels.
     """
@@ -271,6 +271,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("32-bit pixels have no fixed range; save it with 8 or 16 bit")
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*ground, 255)), image.convert("RGBA"))
     return image.convert("RGB")

@@ -17,6 +17,7 @@ from ldm.diffusion.grids import make_grid
 from ldm.diffusion.guidance import classifier_free
 from ldm.metrics import psnr
 from sample.cli import load_pipeline
+from sample.embeddings import use
 from sample.images import cover, output_folder, read_rgb, save_new, to_pil, to_tensor
 from sample.img2img import fitting_size
 from sample.inversion import invert_and_return
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--guidance is for the way back to another prompt: give it with --edit")
     out, picture = output_folder(args.out), read_rgb(Path(args.init))
     pipe = load_pipeline(args)
+    words = use([pipe], args, [args.prompt, args.edit or ""])
     if reads(pipe) is not None:
         raise ValueError(f"{args.model} reads more than a prompt; invert needs a model that does not")
     size = fitting_size(args, picture, pipe)
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     back, first_stage = pipe.decode(inverted.back), float(psnr(pipe.decode(latents), image))
     names = ("command", "prompt", "edit", "steps", "iterations", "schedule", "guidance", "model")
     recorded: dict[str, Any] = {name: getattr(args, name) for name in names}
-    recorded |= source(args.init, "init")
+    recorded |= {**source(args.init, "init"), **words}
     [made] = to_pil(back)
     path = save_new(made, out, "inverted-", 4, recorded)
     if args.edit is None:

@@ -32,6 +32,7 @@ FEWEST = 10  # pictures of a set that anything is said about
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; a subset is at most half of the smaller set
 ASKED = 1000  # training pictures whose nearest others are looked for, where nothing is held out
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # torchmetrics would wait for the other processes
 QUANTILE = 0.05  # of the real pictures' distances: below it a sample counts as suspiciously near
 
 
@@ -65,7 +66,7 @@ class Ready(nn.Module):
 def frechet_distance(real: Float[Tensor, "N D"], fake: Float[Tensor, "M D"]) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    return float(measured(FrechetInceptionDistance(feature=Ready(real.shape[1])), real, fake))
+    return float(measured(FrechetInceptionDistance(Ready(real.shape[1]), **ALONE), real, fake))
 
 
 def kid(
@@ -78,7 +79,7 @@ def kid(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it keeps the features
         metric = KernelInceptionDistance(
-            Ready(real.shape[1]), subsets=SUBSETS, subset_size=subset_size, gamma=1 / size
+            Ready(real.shape[1]), subsets=SUBSETS, subset_size=subset_size, gamma=1 / size, **ALONE
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "kid"))

@@ -48,13 +48,13 @@ def check_fit(unet: UNetConfig, autoencoder: AutoencoderConfig, width: int | Non
         )
 
 
-def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a shipped name, or the path itself.
+def find_model(name_or_path: str | Path, file: str = UNET, what: str = "model") -> Path:
+    """The folder of a shipped name, one that holds `file`, or the path itself.
 
     A shipped name wins over a folder of that name in the working folder, which is `./name`. Raises
     FileNotFoundError, which lists the shipped names.
     """
-    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{UNET}"))
+    shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{file}"))
     if str(name_or_path) in shipped:
         return SHIPPED / str(name_or_path)
     path = Path(name_or_path).expanduser()
@@ -63,6 +63,6 @@ def find_model(name_or_path: str | Path) -> Path:
         hint = f"did you mean {near[0]}? " if near else ""
         names = ", ".join(shipped) or "none"
         raise FileNotFoundError(
-            f"model {str(name_or_path)!r} is no shipped name, no file and no folder; {hint}shipped: {names}"
+            f"{what} {str(name_or_path)!r} is no shipped name, no file and no folder; {hint}shipped: {names}"
         )
     return path

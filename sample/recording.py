@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 def tell_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say on stderr why a picture made again may not be the same, where nobody asked for the difference."""
-    told = ["versions", "init_hash", "mask_hash", "depth_hash"] + ["weights"] * (
+    told = ["versions", "init_hash", "mask_hash", "depth_hash", "embedding_hashes", "lora_hashes"] + ["weights"] * (
         recorded.get("model") == now["model"]
     )
     for name in told:

@@ -1,8 +1,10 @@
 """Samples against a reference set of real pictures, seen through one extractor: the part of `evaluate` that
 does not ask what a picture shows. Measures: `metrics.py`; features: `features.py`.
+
+Several processes look at a share of the pictures each; the features are rank 0's, and so are the measures.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,12 +14,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from sample.features import Extractor
+from ldm.distributed import collect, is_first, rows_of_all, share, together
+from sample.features import Extractor, digest, digest_of_all
 from sample.images import grid, square_rgb
 from sample.metrics import Memorisation, compare, doubts, ideal, memorisation
 
 PAIRS = 32  # in the sheet of the nearest ones
 LARGEST = 256  # pixels of a picture in it
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of `count` pictures; `of` reads those of some numbers: each process asks for its share alone."""
+
+    count: int
+    of: Callable[[range], Iterable[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -35,28 +46,26 @@ class Reference:
     def of(
         cls,
         extractor: Extractor,
-        pictures: Iterable[Image.Image],
-        heldout: Iterable[Image.Image] = (),
+        pictures: Pictures,
+        heldout: Pictures | None = None,
         batch: int = 16,
         device: torch.device | str = "cpu",
     ) -> "Reference":
         """Looks at every picture once; `heldout` are real ones that no model was trained on."""
-        with tqdm(desc="reference", unit="picture", disable=None) as bar:
-            features, sha256 = extractor.look(pictures, batch, device, bar.update)
-            other, _ = extractor.look(heldout, batch, device, bar.update)
-        return cls(extractor, features, sha256, other if len(other) else None, batch, device)
+        features, sha256 = look(extractor, pictures, batch, device, "reference")
+        other = look(extractor, heldout, batch, device, "held out")[0] if heldout else None
+        return cls(extractor, features, sha256, other, batch, device)
 
-    def look(self, pictures: Iterable[Image.Image]) -> tuple[Float[Tensor, "M D"], str]:
+    def look(self, pictures: Pictures) -> tuple[Float[Tensor, "M D"], str]:
         """Features and hash of samples."""
-        with tqdm(desc="samples", unit="picture", disable=None) as bar:
-            return self.extractor.look(pictures, self.batch, self.device, bar.update)
+        return look(self.extractor, pictures, self.batch, self.device, "samples")
 
     def about(self) -> dict[str, Any]:
         """What the numbers were measured with and against, for the result file."""
         extractor = self.extractor
         return {
             "features": {"name": extractor.name, "what": extractor.title, "width": extractor.width},
-            "resize": f"Pillow bicubic, 8 bit, antialiased, to {extractor.side}x{extractor.side}",
+            "resize": extractor.resize,
             "reference": {"count": len(self.features), "sha256": self.sha256},
         }
 
@@ -74,6 +83,23 @@ class Reference:
         found, distance, places = memorisation(samples, self.features, self.heldout)
         order = distance.argsort(stable=True).tolist()
         return found, [(i, places[i]) for i in order[:PAIRS]]
+
+
+def look(
+    extractor: Extractor, pictures: Pictures, batch: int, device: torch.device | str, what: str
+) -> tuple[Float[Tensor, "N D"], str]:
+    """Features and hash of all pictures, in rank 0; in the others of none. In the batches of one process."""
+    digests: list[bytes] = []
+
+    def noted(some: Iterable[Image.Image]) -> Iterator[Image.Image]:
+        for picture in some:
+            digests.append(digest(picture))
+            yield picture
+
+    with together(), tqdm(desc=what, unit="picture", disable=None if is_first() else True) as bar:
+        own = noted(pictures.of(share(pictures.count, batch)))
+        features, _ = extractor.look(own, batch, device, bar.update)
+    return rows_of_all(features), digest_of_all(collect(digests))
 
 
 def sheet(pairs: Sequence[tuple[Image.Image, Image.Image]]) -> Image.Image:

@@ -5,10 +5,11 @@ Frozen dataclasses without behaviour. The commands fill them from their options,
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldm.models.controlled import Control
 from ldm.models.weighting import INTERPRETATIONS
 from sample.prompts import SYNTAXES
 
@@ -31,7 +32,8 @@ class Guidance:
     perturbed: scale of perturbed-attention guidance, 0 is without; perturbed_layers: where.
     image: scale of the picture, for a model that edits a picture as the prompt says (InstructPix2Pix); there
         `scale` is that of the text.
-    weak: a weaker model (`Parts`) in the place of the unconditional prediction: autoguidance.
+    weak: a weaker model (`Parts`) in the place of the unconditional prediction: autoguidance. No control
+        acts on it.
     together: evaluate both predictions in one batch; False takes less memory.
     """
 
@@ -114,6 +116,8 @@ class Sampling:
     guidance: a number is `Guidance(number)`.
     size: (W, H) in pixels; None is the size the model was trained on.
     variation: (another seed, how far to go towards its noise): 0 is `seed`, 1 is the other.
+    controls: ControlNets with their hints, see `ldm/models/controlled.py`; hints of another size are cut and
+        resized to the pictures'.
     """
 
     negative: str = ""
@@ -127,6 +131,7 @@ class Sampling:
     options: Mapping[str, float | int | str] | None = None
     variation: Variation | None = None
     wording: Wording = field(default_factory=Wording)
+    controls: Sequence[Control] = ()
 
     @property
     def guide(self) -> Guidance:

@@ -24,6 +24,7 @@ from ldm.diffusion.samplers import Step, check_options, find_sampler
 from ldm.diffusion.schedule import Schedule
 from ldm.models.variants import perturbed
 from sample import guiding
+from sample.control import UNSTEERED, Steering
 from sample.parts import Parts
 from sample.settings import Sampling
 from sample.start import Start, reads, with_channels
@@ -42,8 +43,8 @@ def stream(
     the caller.
 
     Raises ValueError for an unknown sampler, schedule or option, steps outside 1..T, an illegal size, a
-    prompt that the model cannot read, guidance that does not fit, and latents that are not finite after a
-    step.
+    prompt that the model cannot read, guidance or a control that does not fit, and latents that are not
+    finite after a step.
     """
     sampling = Sampling(**how)
     sigmas = checked_levels(parts, sampling, start)
@@ -53,11 +54,13 @@ def stream(
     latents, numbers = start.latents, range(first, first + len(prompts))
     shape = parts.latent_shape(sampling.size) if latents is None else tuple(latents.shape[1:])
     start = with_channels(parts, start, shape, sampling, numbers)
+    steering = Steering.of(parts, sampling.controls, shape, len(prompts))
     words = read(parts, prompts, sampling.wording, len(sigmas) - 1)
     groups, runs = words.groups(), []
     for rows in groups:
         given = start if len(groups) == 1 else start.rows(rows)
-        denoise = denoiser(parts, prompts, words, rows, sampling, sigmas, given.told(len(rows)))
+        more, steers = given.told(len(rows)), steering.rows(rows)
+        denoise = denoiser(parts, prompts, words, rows, sampling, sigmas, more, steers)
         runs.append(
             trajectory(parts, denoise, sampling, sigmas, shape, [numbers[row] for row in rows], given)
         )
@@ -87,29 +90,32 @@ def denoiser(
     sampling: Sampling,
     sigmas: Float[Tensor, "levels"],
     more: Conditioning,
+    steering: Steering,
 ) -> Denoise:
     """The guided denoiser of these rows of a batch, for prompts that change with the step too.
 
-    more: what the network is told besides prompts.
+    more: what the network is told besides prompts. steering: the controls of these rows.
     """
     guidance, steps = sampling.guide, len(sigmas) - 1
     if not words.contexts:  # a model that reads nothing: both predictions would be the same
         read(parts, [sampling.negative], sampling.wording, steps)  # raises where there is one
         guidance = replace(guidance, scale=1)
     rule = guiding.make_rule(guidance, parts.schedule, sigmas)
-    network, worse, weak = evaluated(parts, parts.network), None, None
-    if guidance.perturbed:
-        worse = evaluated(parts, perturbed(parts.unet, guidance.perturbed_layers))
+    worse = perturbed(parts.unet, guidance.perturbed_layers) if guidance.perturbed else None
+    weak = None
 
-    def told_to(model: Parts, words: Words, rows: Sequence[int], rule: Rule | None) -> Told:
+    def told_to(
+        model: Parts, words: Words, rows: Sequence[int], rule: Rule | None, marks: bool = False
+    ) -> Told:
         weights = [words.weights(rows[0], step) for step in range(steps)]  # all rows of a group agree
         # With a picture's guidance the empty prompt counts whatever the scale
         needed = guidance.image is not None or any(guiding.needs_uncond(each, rule) for each in weights)
         negative = [sampling.negative]
         uncond = read(model, negative, sampling.wording, steps, composed=False) if needed else None
-        return Told(words, uncond, rows, more)
+        return Told(words, uncond, rows, more, marks)
 
-    told = told_to(parts, words, rows, None if guidance.weak is not None else rule)
+    own_rule = None if guidance.weak is not None else rule
+    told = told_to(parts, words, rows, own_rule, steering.spares_unconditional)
     if guidance.weak is not None:
         model = guiding.fitting(guidance.weak, parts)
         weak = evaluated(model, model.network)
@@ -118,20 +124,29 @@ def denoiser(
 
     def at(step: int) -> Denoise:
         weaker = None if weak is None else composed(weak, *told_weak(step), guidance.together).cond
-        return guiding.guided(network, *told(step), guidance, rule, weak=weaker, perturbed=worse)
+        network = evaluated(parts, parts.network, steering, step, steps)
+        pag = None if worse is None else evaluated(parts, worse, steering, step, steps)
+        return guiding.guided(network, *told(step), guidance, rule, weak=weaker, perturbed=pag)
 
     at_key = cache(lambda key: at(first_of[key]))
-    keys = [told.key(step) for step in range(steps)]
+    keys = [(told.key(step), steering.key(step, steps)) for step in range(steps)]
     first_of = {key: keys.index(key) for key in dict.fromkeys(keys)}
     if len(first_of) == 1:
         return at(0)
     return by_step(sigmas, lambda step: at_key(keys[step]))
 
 
-def evaluated(parts: Parts, network: Callable[..., Tensor]) -> Denoiser:
-    """The network of a model as a denoiser; of one that reads channels besides, with these as a keyword."""
+def evaluated(
+    parts: Parts,
+    network: Callable[..., Tensor],
+    steering: Steering = UNSTEERED,
+    step: int = 0,
+    steps: int = 1,
+) -> Denoiser:
+    """The network of a model as a denoiser, steered as in this step; of one that reads channels besides, with
+    these as a keyword."""
     network = concatenated(network) if reads(parts) else network
-    return Denoiser(network, parts.schedule, parts.dtype)
+    return Denoiser(steering.around(network, step, steps), parts.schedule, parts.dtype)
 
 
 @dataclass(frozen=True)
@@ -142,13 +157,18 @@ class Told:
     uncond: Words | None  # the negative prompt, read; None where it has no say
     rows: Sequence[int]
     more: Conditioning  # whatever the prompts say
+    marks: bool = False  # tell prompts from the unconditional, for a control that spares the latter
 
     def __call__(self, step: int) -> tuple[guiding.Weighted, Conditioning]:
-        prompts = [(weight, {**each, **self.more}) for weight, each in self.words.told(self.rows, step)]
+        yes, no = ({"controlled": torch.full((len(self.rows),), each)} for each in (True, False))
+        yes, no = (yes, no) if self.marks else ({}, {})
+        prompts = [
+            (weight, {**each, **self.more, **yes}) for weight, each in self.words.told(self.rows, step)
+        ]
         if self.uncond is None:
             return prompts, prompts[0][1]
         [(_, nothing)] = self.uncond.told([0] * len(self.rows), step)
-        return prompts, {**nothing, **self.more}
+        return prompts, {**nothing, **self.more, **no}
 
     def key(self, step: int) -> object:
         """Equal for steps at which the same is told."""

@@ -24,7 +24,10 @@ from ldm.diffusion.editing import cut, require_choice, upscale_latents
 from sample.arguments import prompts_of, sampling_of, weaker_of
 from sample.cli import load_pipeline
 from sample.depth import read_depth
+from sample.embeddings import use
+from sample.hints import RECORD, read_controls, read_hints, require_same, tell_sizes
 from sample.images import grid, output_folder, save_new, to_pil, to_tensor
+from sample.loras import Called, call
 from sample.looking import Look, Looking, looking_of
 from sample.pipeline import Pipeline, batches
 from sample.preview import PREVIEW
@@ -93,11 +96,12 @@ def run(
             prompts, negative = [job.asked[i][0] for i in part], job.asked[part[0]][1]
             numbers, latents = [args.first + i for i in part], torch.empty(0)
             how = {**vars(sampling), "negative": negative}
-            with job.looking.batch(prompts, sampling.wording, total) as look:
+            texts = job.called.start(prompts)
+            with job.looking.batch(texts, sampling.wording, total) as look:
                 for start_of, _ in job.passes:
                     start = start_of(numbers, latents)
                     latents = latents if start.latents is None else start.latents  # the result of no step
-                    for step in pipe.stream(prompts, first=numbers[0], start=start, **how):
+                    for step in pipe.stream(texts, first=numbers[0], start=start, **how):
                         latents = step.sample
                         if look.see(step) and look.done == 1 and part[0] == 0:  # told once, when it is there
                             bar.write(str(job.out / PREVIEW))
@@ -122,13 +126,19 @@ class Job:
     looking: Looking
     out: Path
     common: dict[str, Any]  # what the text chunks of all pictures say
+    called: Called
     files: list[Path] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
 
     @property
     def parts(self) -> list[list[int]]:
-        """The pictures that are made together: at most a batch, of one negative prompt."""
-        runs = [list(run) for _, run in groupby(range(len(self.asked)), key=lambda i: self.asked[i][1])]
+        """The pictures that are made together: at most a batch, of one negative prompt and the same LoRAs."""
+
+        def alike(i: int) -> tuple[object, ...]:
+            prompt, negative = self.asked[i]
+            return negative, self.called.of(prompt)
+
+        runs = [list(run) for _, run in groupby(range(len(self.asked)), key=alike)]
         return [[run[i] for i in part] for run in runs for part in batches(len(run), self.args.batch)]
 
     def write(
@@ -185,18 +195,27 @@ def prepare(args: argparse.Namespace, repeated: Repeated, read: Read, pipe: Pipe
     require_choice("--hires-mode", args.hires_mode, HIRES_MODES)
     if args.tile is not None and args.tile < 1:
         raise ValueError(f"--tile must be at least 1 latent cell, got {args.tile}")
+    hinted = read_hints(args)
     pipe = load_pipeline(args) if pipe is None else pipe
-    sampling = replace(sampling, guidance=replace(sampling.guide, weak=weaker_of(args)))
-    warn(pipe, asked, sampling)
+    controls, control_files = read_controls(hinted, pipe, args.allow_nan)
+    guidance = replace(sampling.guide, weak=weaker_of(args))
+    sampling = replace(sampling, guidance=guidance, controls=controls)
+    words = use([pipe, guidance.weak], args, [text for pair in asked for text in pair])
+    called = call(pipe, args, asked)
+    warn(pipe, [(called.text(prompt), negative) for prompt, negative in asked], sampling)
     given = read(pipe, sampling)
     sampling = replace(sampling, size=given.size)
     speed_up(pipe, args, given.size)
     looking = looking_of(args, pipe, out)
-    common = common_parameters(args, pipe, given.size)
+    common = {**common_parameters(args, pipe, given.size), **words, **called.record}
     tell_differences(repeated.recorded, common)
+    if hinted:
+        tell_sizes(hinted, [given.size, args.hires])
+        require_same(repeated.recorded, control_files)
+        common[RECORD] = control_files
     passes = passes_of(args, pipe, given, sampling)
     checked_levels(pipe, sampling, Start(strength=given.strength, exact_steps=given.exact_steps))
-    return Job(args, repeated, pipe, sampling, asked, given, passes, looking, out, common)
+    return Job(args, repeated, pipe, sampling, asked, given, passes, looking, out, common, called)
 
 
 # --- what is sampled ----------------------------------------------------------------------------------------

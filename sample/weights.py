@@ -1,7 +1,11 @@
-"""`ldm-weights inspect FILE` and `ldm-weights convert SRC DST --to FORM`, or `python -m sample.weights ...`.
+"""Look into checkpoints and change their form.
 
-What a checkpoint holds, and the same checkpoint in another form. Both work on files of any size: inspecting
-reads no tensor, converting holds one set of weights. The work is done in `ldm/weights`.
+    ldm-weights inspect FILE...                                     what a checkpoint holds; reads no tensor
+    ldm-weights convert SRC DST --to FORM                           the same checkpoint in another form
+    ldm-weights transfer CONTROLNET DST --from BASE --to OTHER      a ControlNet for another base model
+
+or `python -m sample.weights ...`. All work on files of any size: converting holds one set of weights. The
+work is done in `ldm/weights`.
 """
 
 import argparse
@@ -31,7 +35,17 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("destination", metavar="DST", help="file (compvis) or folder, which must not exist")
     convert.add_argument("--to", required=True, metavar="FORM", help="ldm, compvis or diffusers")
     convert.add_argument("--dtype", help="float32, bfloat16 or float16 (that of the source)")
-    for command in (inspect, convert):
+    transfer = commands.add_parser(
+        "transfer", help="make a ControlNet fit another base model", description=transfer_.__doc__
+    )
+    transfer.add_argument("controlnet", metavar="CONTROLNET", help="its file or folder")
+    transfer.add_argument("destination", metavar="DST", help="new file or folder, in the form of CONTROLNET")
+    transfer.add_argument(
+        "--from", dest="base", required=True, metavar="BASE", help="model that it was trained on"
+    )
+    transfer.add_argument("--to", dest="other", required=True, metavar="OTHER", help="model it shall steer")
+    transfer.add_argument("--dtype", help="float32, bfloat16 or float16 (that of CONTROLNET)")
+    for command in (inspect, convert, transfer):
         add_checkpoint_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main
@@ -53,6 +67,23 @@ def convert_(args: argparse.Namespace) -> None:
     checkpoint = _open(args, find_model(args.source))
     dtype = None if args.dtype is None else pick_dtype(args.dtype)
     print(convert(checkpoint, args.destination, args.to, dtype, args.allow_nan))
+
+
+def transfer_(args: argparse.Namespace) -> None:
+    """Add what the ControlNet learnt beyond its BASE to the same layers of the model OTHER. --kind is of
+    CONTROLNET, --weights of the two models."""
+    from ldm.device import pick_dtype
+    from ldm.weights.controlnet import transfer
+    from ldm.weights.reading import open_checkpoint
+    from ldm.weights.writing import convert
+    from sample.model import find_model
+
+    control = open_checkpoint(find_model(args.controlnet), kind=args.kind)
+    base, other = (
+        open_checkpoint(find_model(name), weights=args.weights) for name in (args.base, args.other)
+    )
+    dtype = None if args.dtype is None else pick_dtype(args.dtype)
+    print(convert(transfer(control, base, other), args.destination, control.form, dtype, args.allow_nan))
 
 
 def _open(args: argparse.Namespace, path: object) -> "Checkpoint":
@@ -93,6 +124,12 @@ def described(checkpoint: "Checkpoint") -> str:
         if config.unet.context_dim is None or {"bert", "classes"} & set(checkpoint.parts):
             missing = [name for name in missing if name != "text"]
         lines.append(f"  missing   {', '.join(TITLES[name] for name in missing) or 'nothing'}")
+    if config.control is not None:
+        unet, stride = config.control.unet, config.control.stride
+        lines.append(
+            f"  steers    a UNet {unet.model_channels} wide with context {unet.context_dim}, by hints of "
+            f"{config.control.hint_channels} channels and {stride}x{stride} pixels a latent"
+        )
     if checkpoint.weights:
         lines.append(f"  weights   {checkpoint.weights} (the file holds raw and averaged ones)")
     names = sorted(checkpoint.foreign)
@@ -106,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     tolerate_encodings()
     try:
-        {"inspect": inspect_, "convert": convert_}[args.command](args)
+        {"inspect": inspect_, "convert": convert_, "transfer": transfer_}[args.command](args)
     except BaseException as error:
         return report("ldm-weights", error, args.debug)
     return 0

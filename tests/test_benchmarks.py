@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where the package `benc
 from benchmarks import (  # noqa: E402
     autoencoder,
     common,
+    controlnet,
     convolutions,
     loading,
     options,
@@ -142,6 +143,17 @@ def test_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert row["bar_db"] == 30
     assert row["encoding_seconds"] > 0
     assert row["decoding_seconds"] > 0
+
+
+def test_controlnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = quick(controlnet, tmp_path, capsys)
+    assert (ours["what"], theirs["what"]) == ("ours", "diffusers")
+    assert ours["bar"] == 1.5
+    for row in (ours, theirs):
+        assert row["difference"] < 1e-4
+        assert row["overhead"] == row["controlled_rounds"][0] / row["plain_rounds"][0] > 1
+    assert 0 < ours["hint_seconds"] < ours["plain_seconds"]
+    assert controlnet.config_of("sd15") == controlnet.ControlNetConfig()
 
 
 def test_convolutions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from ldm.models.autoencoder import make_autoencoder
 from ldm.models.clip import TextEncoder
 from ldm.models.unet import UNet
 from train.tasks.autoencoder import AutoencoderTaskConfig
+from train.tasks.controlnet import ControlNetTaskConfig
 from train.tasks.diffusion import DiffusionTaskConfig
 
 
@@ -118,6 +119,9 @@ def test_every_shipped_training_config_builds(name):
         if "unet" in keys:
             config = load_config(DiffusionTaskConfig, find_config(name))
             networks = [UNet(config.unet), *([TextEncoder(config.text)] if config.text else [])]
+        elif "hints" in keys or "controlled" in keys:
+            assert load_config(ControlNetTaskConfig, find_config(name)).model
+            networks = []
         else:
             networks = [make_autoencoder(load_config(AutoencoderTaskConfig, find_config(name)).autoencoder)]
     assert all(parameter.is_meta for network in networks for parameter in network.parameters())

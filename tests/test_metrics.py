@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ldm.metrics import distances, nearest_others, precision_recall, psnr, ssim
+from ldm.metrics import distances, line_distances, nearest_others, precision_recall, psnr, ssim
 
 
 def by_the_formula(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
@@ -190,3 +190,15 @@ def test_precision_and_recall_want_more_than_k() -> None:
 
 def test_distances_are_root_mean_squares() -> None:
     assert_close(distances(torch.zeros(1, 4), torch.full((1, 4), 3.0)), torch.tensor([[3.0]]))
+
+
+def test_line_distances_of_what_can_be_counted_by_hand() -> None:
+    """Parallel lines, a point beside a line, equal and empty drawings."""
+    drawings = torch.zeros(5, 8, 10, dtype=torch.bool)
+    others = drawings.clone()
+    drawings[0, 2], others[0, 5] = True, True  # 3 apart, both ways
+    drawings[1, 2, :3], others[1, 2, 0] = True, True  # (0 + 1 + 2) / 3 there, 0 back
+    drawings[2, 1:5, 1:5] = others[2, 1:5, 1:5] = True
+    others[3, 0, 0] = True
+    assert_close(line_distances(drawings, others), torch.tensor([3.0, 0.5, 0.0, 164**0.5, 0.0]))
+    assert_close(line_distances(others, drawings), line_distances(drawings, others))

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 TASKS = {
     "autoencoder": "train a first stage (images to latents and back)",
     "diffusion": "train a latent diffusion model on a trained first stage",
+    "controlnet": "train a ControlNet: a given model learns to follow edges, a silhouette, ...",
+    "lora": "teach a model a subject or style from a few pictures: a LoRA, small and added to any model",
+    "dreambooth": "teach a model a subject from a few pictures: all of its weights",
+    "textual-inversion": "teach a model new words for a subject or style from a few pictures, nothing else",
 }
 DEFAULT = "(default %(default)s)"
 EXITS = "exit status: 0 trained; 2 an error, told in one line; 130 stopped by CTRL-C, 143 by SIGTERM: saved"
@@ -79,13 +83,29 @@ def build_task(name: str, config: str, overrides: list[str]) -> "Task":
         from train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 
         return AutoencoderTask(load_config(AutoencoderTaskConfig, path, overrides))
+    if name == "controlnet":
+        from train.tasks.controlnet import ControlNetTask, ControlNetTaskConfig
+
+        return ControlNetTask(load_config(ControlNetTaskConfig, path, overrides))
+    if name == "lora":
+        from train.tasks.lora import LoRATask, LoRATaskConfig
+
+        return LoRATask(load_config(LoRATaskConfig, path, overrides))
+    if name == "dreambooth":
+        from train.tasks.dreambooth import DreamBoothTask, DreamBoothTaskConfig
+
+        return DreamBoothTask(load_config(DreamBoothTaskConfig, path, overrides))
+    if name == "textual-inversion":
+        from train.tasks.textual_inversion import TextualInversionTask, TextualInversionTaskConfig
+
+        return TextualInversionTask(load_config(TextualInversionTaskConfig, path, overrides))
     from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 
     return DiffusionTask(load_config(DiffusionTaskConfig, path, overrides))
 
 
 def run_training(args: argparse.Namespace) -> int:
-    from train.distributed import Elsewhere, is_first, together
+    from ldm.distributed import Elsewhere, is_first, together
     from train.loop import Interrupted, command_line, train
     from train.plan import memory_advice, plan
 
@@ -153,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     others = {"prepare": run_prepare, "report": run_report, "ablate": run_ablate}
     if args.command in others:
         return run("ldm-train", lambda: others[args.command](args), debug=args.debug)
-    from train.distributed import launched
+    from ldm.distributed import launched
 
     with launched():
         return run("ldm-train", lambda: run_training(args), debug=args.debug)

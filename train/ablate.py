@@ -34,8 +34,8 @@ from ldm.config import differences, find_config, from_dict, load_config, to_dict
 from ldm.device import pick_device
 from ldm.diffusion.denoiser import Denoiser
 from ldm.weights.io import write_atomically
-from sample.evaluate import Picture, Question, pick, read_images, read_rows
 from sample.pipeline import Pipeline
+from sample.questions import Picture, Question, pick, read_images, read_rows
 from train import levels
 from train.ablation_table import Arm, Result, write_report
 from train.data import DataConfig, load_images, to_float

@@ -6,6 +6,7 @@ that it does not ask which. Rows are numbers of pictures in the whole set, as ca
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ldm.distributed import is_first
 from ldm.models.autoencoder import Autoencoder
 from ldm.seeding import generator
 from train.buckets import Shape, assign, bucket_shapes, describe, kept, nearest, upright_size
 from train.cache import cached_moments
 from train.columns import load_masks
 from train.data import DataConfig, ImageFolder, Images, batch_indices, load_images
-from train.distributed import is_first
 from train.entries import Entry
 from train.reading import Reader, to_pixels
 
@@ -260,6 +261,12 @@ def preview_sizes(images: Images | BucketedImages) -> list[Shape | None]:
         return [None]
     counts = Counter(dict(zip(images.shapes, map(len, images.pixels.members), strict=True)))
     return [shape for shape, _ in counts.most_common(PREVIEWED)]
+
+
+def largest(pixels: Tensor | Ragged) -> Shape:
+    """(W, H) of the pictures of most pixels."""
+    parts = [pixels] if isinstance(pixels, Tensor) else pixels.parts
+    return max(((part.shape[3], part.shape[2]) for part in parts), key=math.prod)
 
 
 def on_one_sheet(pictures: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.config import differences, from_dict, to_dict
+from ldm.distributed import is_first
 from train import sharded
-from train.distributed import is_first, parts_of
+from train.distributed import parts_of
 from train.ema import EMA
 from train.state import load_newest_state, optimizer_tensors, restore_optimizer, save_state
 

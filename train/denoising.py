@@ -21,6 +21,7 @@ from ldm.diffusion.loss import LossConfig, diffusion_loss, trained_timesteps
 from ldm.diffusion.noising import NoiseConfig, training_noise
 from ldm.diffusion.schedule import Schedule
 from ldm.models.autoencoder import Autoencoder
+from ldm.models.clip import TextEncoder
 from ldm.models.unet import UNetConfig
 from ldm.seeding import generator
 from sample.pipeline import Pipeline
@@ -195,6 +196,19 @@ class DenoisingTask:
             chance = torch.rand(len(rows), generator=generator(self.config.run.seed, "caption", step, part))
             ids[chance < self.config.caption_dropout] = self.empty
         return self._told(self.data, rows, ids, "train", step, part)
+
+    def _told_in_rehearsal(self, images: int) -> dict[str, Tensor]:
+        """As `_told`, of captions as long as the tower reads: for `rehearsal.py`."""
+        if self.read is None or self.text_encoder is None:
+            return {}
+        if self.frozen_text is not None:
+            tower = self.frozen_text.tower.config
+            shape = (images, tower.context_length, tower.width)
+            return {"context": torch.zeros(shape, device=self.device)}
+        ids = self.read(self.images.captions[:1])
+        ids = ids.new_zeros(images, *ids.shape[1:]).to(self.device)
+        encoder = self.text_encoder
+        return {"context": encoder.hidden(ids, encoder.config.skip_layers) if isinstance(encoder, TextEncoder) else encoder(ids)}
 
     def _losses(
         self,

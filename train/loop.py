@@ -9,7 +9,6 @@ step): a resumed run equals an uninterrupted one bit for bit, also where steps w
 
 import math
 import shlex
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +22,21 @@ from torch.optim import Optimizer
 
 from ldm.config import differences, to_dict, to_yaml
 from ldm.device import DTYPES, pick_device
+from ldm.distributed import (
+    agreed,
+    first_then_others,
+    highest,
+    is_first,
+    last_words,
+    together,
+    world_size,
+)
 from ldm.seeding import derive
 from ldm.weights.io import write_atomically
 from train import distributed, sharded
 from train.bad_steps import BadStep, require_skippable, require_sound, undone_if_bad
 from train.checkpoint import restore, save
-from train.distributed import Lost, agreed, is_first, own_parts, parts_of, together, world_size
+from train.distributed import LOST, own_parts, parts_of
 from train.ema import EMA
 from train.report import Quiet, Reporter
 from train.state import PATTERN, held, sweep
@@ -146,7 +154,8 @@ class Player:
     loss: `(step, part) -> (scalar, metrics)` of one part of the batch; steps are counted from 0.
     averaged: whether the weights have a moving average. starts_at: the first step in which they move.
     seen: `(step, parts) -> text`, which pictures these parts hold; asked for where a step went bad.
-    written: parameters that the loss itself writes to.
+    written: parameters that the loss itself writes to. rates: by the first name of parameters, what their
+    learning rate is of the run's; 1 where nothing is said.
     """
 
     module: nn.Module
@@ -155,6 +164,7 @@ class Player:
     starts_at: int = 0
     seen: Callable[[int, Iterable[int]], str] | None = None
     written: tuple[Tensor, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -227,15 +237,11 @@ def train(task: Task, resume: bool, command: str) -> Path:
         distributed.require_whole_parts(task.config.run.batch, task.config.run.accumulate)
         if resume and not (folder / "states").is_dir():
             raise FileNotFoundError(f"nothing to resume: no checkpoint in {folder / 'states'}")
-    try:
-        with ExitStack() as stack:
-            with together():
-                if is_first():
-                    stack.enter_context(held(folder))
-            return run_steps(task, resume, command)
-    except Lost:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which the launcher ends this one, mid-sentence
-        raise
+    with last_words(LOST), ExitStack() as stack:
+        with together():
+            if is_first():
+                stack.enter_context(held(folder))
+        return run_steps(task, resume, command)
 
 
 def run_steps(task: Task, resume: bool, command: str) -> Path:
@@ -246,7 +252,7 @@ def run_steps(task: Task, resume: bool, command: str) -> Path:
         if is_first():
             prepare_folder(task.config, resume)
     if world_size() > 1:
-        distributed.first_then_others(getattr(task, "prepare", lambda: None))
+        first_then_others(getattr(task, "prepare", lambda: None))
         for player in task.players.values():
             distributed.share_weights(player.module)
         if run.parallel == "fsdp":
@@ -294,7 +300,7 @@ def run_steps(task: Task, resume: bool, command: str) -> Path:
                 with together(), for_use(task, emas), distributed.own(folder) as written:
                     if takes_part(run):
                         task.preview(written / "previews" / f"step-{done:08d}.png")
-            signum = distributed.highest(stop.signum)  # read once: one after the save waits for the next step
+            signum = highest(stop.signum)  # read once: one after the save waits for the next step
             if last or due(done, run.checkpoint_every) or signum:
                 with together():
                     if takes_part(run):
@@ -315,9 +321,11 @@ def takes_part(run: RunConfig) -> bool:
 
 def make_optimizer(player: Player, run: RunConfig) -> Optimizer:
     betas, decay = (run.betas[0], run.betas[1]), run.weight_decay
-    return torch.optim.AdamW(
-        player.parameters.values(), lr=run.lr, betas=betas, weight_decay=decay, fused=True
-    )
+    rates: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in player.parameters.items():
+        rates.setdefault(player.rates.get(name.split(".")[0], 1.0), []).append(parameter)
+    groups = [{"params": parameters, "rate": rate} for rate, parameters in rates.items()]
+    return torch.optim.AdamW(groups, lr=run.lr, betas=betas, weight_decay=decay, fused=True)
 
 
 def move(name: str, player: Player, optimizer: Optimizer, run: RunConfig, step: int) -> dict[str, float]:
@@ -337,7 +345,7 @@ def move(name: str, player: Player, optimizer: Optimizer, run: RunConfig, step: 
     seen = partial(player.seen, step, range(parts_of(run.accumulate))) if player.seen else None
     require_sound(f"{name}: the norm of the gradient", metrics["gradient"], limit, step, seen)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(run, step)
+        group["lr"] = learning_rate(run, step) * group["rate"]
     optimizer.step()
     return metrics if name == "model" else {f"{name}_{key}": value for key, value in metrics.items()}
 

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from train.distributed import parts_of
 from train.loop import RunConfig, Task
+from train.rehearsal import activations
 
 
 def plan(task: Task) -> str:
     """What training `task` would take and write: parameters, memory, steps, files; touches nothing.
 
-    The memory is that of weights, gradients, optimiser and moving average; what a pass through the networks
-    keeps for its gradients comes on top and grows with the images that pass at once.
+    The memory is that of weights, gradients, optimiser and moving average, of what a pass through the
+    networks keeps for its gradients (`rehearsal.py`), and of the pictures; Python and the libraries, a few
+    hundred megabytes, come on top.
     """
     run: RunConfig = task.config.run
     players = task.players
@@ -30,18 +32,21 @@ def plan(task: Task) -> str:
         "moving average": averages,
         "frozen networks": frozen_bytes(task),
     }
+    at_once = run.batch // parts_of(run.accumulate)
+    passes, more = activations(task, at_once), f"; activations of {at_once} images on top"
+    if passes is not None:
+        parts[f"activations of {at_once} images"], more = passes, "; Python and libraries on top"
     lines = [
         f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train"
         for name, player in players.items()
     ]
     told = " + ".join(f"{name} {megabytes(size)}" for name, size in parts.items())
-    at_once = run.batch // parts_of(run.accumulate)
     previews = times(run.steps, run.preview_every)
     states = times(run.steps, run.checkpoint_every)
     return "\n".join(
         [
             *lines,
-            f"memory: {megabytes(sum(parts.values()))} = {told}; activations of {at_once} images on top",
+            f"memory: {megabytes(sum(parts.values()))} = {told}{more}",
             f"would train {run.steps} steps of {run.batch} images ({run.steps * run.batch:,} images seen) "
             f"into {run.out}:",
             "  config.yaml, log.jsonl" + (", tensorboard/" if run.tensorboard else ""),

@@ -2,13 +2,15 @@
 
 FSDP2 of torch (`fully_shard`; the idea: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, stage 3). A block's
 weights are whole only while it computes, its gradients are averaged and cut up as soon as they are there. So
-the processes compute everything together, validation, previews and the state to be saved included, and only
-the writing is left to rank 0. The files are those of any run: states go on with `ddp`, and in one process.
+the processes compute everything together, validation and previews included. Each saves its own pieces
+(`pieces.py`), and states go on with `ddp`, in one process, and with another number of them.
 
-What is cut up is a `DTensor`; outside of this file it is handled by `whole`, `piece_like` and `load` alone.
+A network is built whole by every process, on the CPU, as in any run and so with the same weights; a process
+keeps its pieces alone, and moves them to its device. It is whole again only where it is exported: in rank 0,
+on the CPU. What is cut up is a `DTensor`; outside of this file it is handled by `whole`, `piece_like` and
+`tensors` alone.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +19,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ldm.weights.io import load_strict
-from train.distributed import world_size
+from ldm.device import pick_device
+from ldm.distributed import is_first, world_size
 from train.recompute import BLOCKS
 
 if TYPE_CHECKING:
     from train.loop import Task
 
 
-def shard(network: nn.Module) -> None:
-    """Cut `network` up, every block for itself, in place; its parameters are others afterwards.
+def shard(network: nn.Module, device: torch.device) -> None:
+    """Cut `network` up, every block for itself, in place; its parameters are others afterwards, on `device`.
 
-    Its `state_dict` is whole, on the CPU: all processes must ask for it together.
+    Its `state_dict` is whole in rank 0, on the CPU: all processes must ask for it together.
     """
-    device = next(network.parameters()).device
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in network.modules():
         if isinstance(block, BLOCKS) and block is not network:
@@ -42,16 +43,31 @@ def shard(network: nn.Module) -> None:
 def shard_all(task: "Task") -> None:
     """Cut up the networks that the task names in `sharded`: those whose `forward` it calls."""
     for network in getattr(task, "sharded", ()):
-        shard(network)
+        shard(network, pick_device(task.config.run.device))
     for player in task.players.values():
         player.find_parameters()
         assert is_sharded(player.module), "a task that allows fsdp names all its networks"
 
 
 def make_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A hook of `state_dict`. Processes that write nothing have zeros, which take no memory."""
     for name, value in state.items():
         if name.startswith(prefix) and isinstance(value, DTensor):
-            state[name] = whole(value).cpu()
+            full = whole(value)
+            state[name] = full.cpu() if is_first() else torch.zeros((), dtype=value.dtype).expand(value.shape)
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` names, each tensor as this process holds it: whole, or a piece that may be written to."""
+    if not is_sharded(module):
+        return dict(module.state_dict())
+    found = {}
+    for place, part in module.named_modules(remove_duplicate=False):
+        lasting = {k: b for k, b in part._buffers.items() if k not in part._non_persistent_buffers_set}
+        for name, tensor in {**part._parameters, **lasting}.items():
+            if tensor is not None:
+                found[f"{place}.{name}" if place else name] = tensor.detach()
+    return found
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -65,22 +81,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def piece_like(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, cut up as `tensor` is; itself where that is whole, or of another shape (a count of steps)."""
-    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
+    if not isinstance(tensor, DTensor) or isinstance(value, DTensor) or value.shape != tensor.shape:
         return value
     return distribute_tensor(
         value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
     )
-
-
-@torch.no_grad()
-def load(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """`load_strict`, also into a module that is cut up."""
-    if not is_sharded(module):
-        load_strict(module, dict(tensors), source)
-        return
-    own = {**dict(module.named_buffers()), **dict(module.named_parameters())}
-    persistent = module.state_dict().keys()
-    if persistent != tensors.keys():
-        raise ValueError(f"{source} has other weights: {sorted(persistent ^ tensors.keys())[:5]}")
-    for name in persistent:
-        own[name].copy_(piece_like(own[name], tensors[name]))

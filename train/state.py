@@ -1,16 +1,19 @@
 """The training state on disk: everything a run needs to go on as if it had never stopped.
 
 One safetensors file a checkpoint, `states/step-00001200.safetensors`: weights, moving average, optimiser
-moments, and in the header the step and the resolved configuration. Random states are absent on purpose:
-every draw is a function of (seed, step).
+moments, and in the header the step and the resolved configuration; or a folder `states/step-00001200` of what
+each of several processes holds of that (`pieces.py`). Any run goes on from either. Random states are absent
+on purpose: every draw is a function of (seed, step).
 
 A run folder belongs to one process at a time (`held`); the lock is the kernel's, so a killed process leaves
 none behind.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 

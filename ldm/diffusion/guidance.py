@@ -29,6 +29,7 @@ from ldm.diffusion.process import per_sample
 Conditioning = Mapping[
     str, Tensor
 ]  # keyword arguments of the network (context, y, ...), each with a batch axis first
+OF_EACH = {"context", "controlled"}  # keywords of which R B rows go with B of x, see `UNet.forward`
 
 
 def batched(
@@ -65,14 +66,16 @@ def batched(
 def joined(conditionings: Sequence[Conditioning]) -> tuple[dict[str, Tensor], int]:
     """R conditionings as one, each value (R B, ...), and how many copies of x go with it: R.
 
-    Where nothing but the context differs (every other value is the same object in all of them) one copy is
-    enough: the rest stays (B, ...), and the network computes once what does not depend on the context.
+    Where nothing but the context (and `controlled`, see `models/controlled.py`) differs, every other value
+    being the same object in all of them, one copy is enough: the rest stays (B, ...), and the network
+    computes once what does not depend on the context.
     """
     first, count = conditionings[0], len(conditionings)
     shared = {name for name in first if all(each[name] is first[name] for each in conditionings)}
-    once = "context" in first and shared >= first.keys() - {"context"}
+    once = "context" in first and shared >= first.keys() - OF_EACH
+    kept = first.keys() - OF_EACH if once else set()
     both = {
-        name: first[name] if once and name != "context" else torch.cat([each[name] for each in conditionings])
+        name: first[name] if name in kept else torch.cat([each[name] for each in conditionings])
         for name in first
     }
     return both, 1 if once else count

@@ -37,6 +37,7 @@ class VGG16(nn.Module):
 
     shift: Tensor
     scale: Tensor
+    odd_sides_up = False  # whether pooling takes 5 pixels to 3, not to 2
 
     def __init__(self, shift: tuple[float, ...] = SHIFT, scale: tuple[float, ...] = SCALE) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class VGG16(nn.Module):
         h = (images - self.shift) / self.scale
         for i, convolutions in enumerate(self.blocks):
             if i > 0:
-                h = F.max_pool2d(h, 2)  # (B, C, h/2, w/2)
+                h = F.max_pool2d(h, 2, ceil_mode=self.odd_sides_up)  # (B, C, h/2, w/2)
             for convolution in convolutions:  # type: ignore[attr-defined]
                 h = F.relu(convolution(h))
             yield h

@@ -120,9 +120,11 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
-        if self.folds(x):
+        adapted = hasattr(self.conv, "adapt")  # by a LoRA
+        if self.folds(x) and not adapted:
             return self.folded(x)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+        large = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
+        return self.conv.adapt(self.folded(x), large) if self.folds(x) else self.conv(large)
 
     def folds(self, x: Float[Tensor, "B C H W"]) -> bool:
         """Whether `forward` takes the four small convolutions for this input.
@@ -132,7 +134,7 @@ class Upsample(nn.Module):
         """
         return (
             not torch.is_grad_enabled()
-            and type(self.conv) is nn.Conv2d
+            and (type(self.conv) is nn.Conv2d or hasattr(self.conv, "adapt"))
             and x.device.type in ("cpu", "meta")
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")

@@ -101,12 +101,20 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)
+        # Set by textual_inversion.py: (numbers behind the table, rows of the table) -> rows
+        self.with_new_words: Callable[[Tensor, Tensor], Tensor] | None = None
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.01)
 
+    def embed(self, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """The rows of the token table; for ids behind the end token, the new words' (textual inversion)."""
+        if self.with_new_words is None:
+            return self.token_embedding(ids)
+        return self.with_new_words(ids - END_ID - 1, self.token_embedding(ids.clamp(max=END_ID)))
+
     def hidden(self, ids: Int[Tensor, "B T"], skip_layers: int = 0) -> Float[Tensor, "B T D"]:
         """The residual stream after all blocks but the last `skip_layers`, before the final layer norm."""
-        x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        x = self.embed(ids) + self.position_embedding.weight[: ids.shape[1]]
         for block in self.blocks[: len(self.blocks) - skip_layers]:
             x = block(x)
         return x

@@ -10,21 +10,24 @@ guidance scale does so again. Stands behind `variants.py` and everything that re
 
 import os
 import shutil
+from typing import TypeVar
 
 import torch
 import torch.compiler.config
 
 from ldm.models.attention import SpatialTransformer
 from ldm.models.blocks import ResBlock
-from ldm.models.unet import UNet
+from ldm.models.unet import UNetEncoder
 from ldm.models.variants import sharing
+
+Encoder = TypeVar("Encoder", bound=UNetEncoder)
 
 COMPILERS = ("g++", "clang++", "cl")
 SHAPES = 64  # of one class in one network; Stable Diffusion's has 15 residual blocks
 
 
-def compile_blocks(unet: UNet, backend: str = "inductor") -> UNet:
-    """A copy of the structure of `unet` with the same tensors, its blocks compiled; `unet` is not edited.
+def compile_blocks(unet: Encoder, backend: str = "inductor") -> Encoder:
+    """A copy of the structure of `unet`, or of a ControlNet, with the same tensors and compiled blocks.
 
     Hooks of a block itself run as ever; those of the layers inside (`attention_maps.record`) are not seen, so
     look inside `unet` instead. backend: of torch.compile. Raises ValueError where the CPU has to compute and

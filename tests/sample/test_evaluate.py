@@ -14,9 +14,9 @@ from torch.testing import assert_close
 
 from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
 from sample.__main__ import main
-from sample.evaluate import Picture, Question, pick, read_images, read_rows
 from sample.images import read_parameters
 from sample.pipeline import Pipeline
+from sample.questions import Picture, Question, pick, read_images, read_rows
 
 CONCEPTS = 30
 STYLES = ("ink", "oil")

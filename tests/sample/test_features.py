@@ -91,7 +91,7 @@ def test_damaged_features_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "side", "message"), [
-    ("vgg", None, r"--features 'vgg' is not known; hed, hed:FILE or thumbnails"),
+    ("vgg", None, r"--features 'vgg' is not known; hed, hed:FILE, inception:FILE or thumbnails"),
     ("thumbnails:x", None, "not known"),
     ("thumbnails", 0, r"--feature-size must be in 1\.\.1024 for these features, got 0"),
     ("hed", 15, r"--feature-size must be in 16\.\.1024"),

@@ -27,6 +27,8 @@ VALUES: dict[str, list[str]] = {
     "guidance": ["-2.5"], "guidance_rule": ["projected"], "guidance_option": ["eta=0.5", "momentum=-0.5"],
     "guidance_rescale": ["0.7"], "guidance_interval": ["0.3:5"], "dynamic_threshold": ["0.99:3"],
     "pag": ["3:mid,up.1"], "autoguide": ["other é"], "image_guidance": ["1.7"],
+    # control
+    "control": ["m:h é.png:0.5", "n:i.png"], "control_range": ["0:0.5", "0.2:1"], "guess_mode": ["original"],
     # pictures
     "seed": ["36893488147419103232"], "first": ["4"], "variation_seed": ["-5"], "variation_strength": ["0.25"],
     "n": ["3"], "batch": ["2"], "size": ["40x24"], "hires": ["64x48"], "hires_strength": ["0.4"],
@@ -36,6 +38,8 @@ VALUES: dict[str, list[str]] = {
     # looking inside, speed
     "preview": ["linear"], "preview_every": ["2"], "frames": ["gif"], "fast_conv": ["0.5"],
     "deep_cache": ["2"], "token_merging": ["0.25"], "noise_level": ["100"],
+    # adapters
+    "adapters": ["my adapters"], "lora": ["a é.safetensors:0.8", "b.safetensors"], "embedding": ["é mb.pt=<x y>", "<b>.bin"],
     # model
     "model": ["möd el"], "kind": ["sd15"], "prediction": ["v"], "weights": ["raw"], "vocabulary": ["v.txt"],
     "device": ["cpu"], "dtype": ["bfloat16"],

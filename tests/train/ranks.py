@@ -19,10 +19,11 @@ from test_vq_task import config_of as stage_config
 from tiny_task import Duel, TinyTask, config_of, send
 
 from ldm.config import from_dict
+from ldm.distributed import collect, gather, launched, rank, rows_of_all, together, world_size
 from ldm.seeding import generator
 from sample.images import save_grid
 from train.data import batch_indices
-from train.distributed import gather, launched, own_parts, parts_of, rank, share_buffers, world_size
+from train.distributed import own_parts, parts_of, share_buffers
 from train.loop import train
 from train.tasks.autoencoder import AutoencoderTask
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
@@ -110,6 +111,19 @@ def buffers(folder):
     module.weight.data.fill_(rank())  # a parameter is left alone
     share_buffers(module)
     return [module.running_mean.tolist(), module.idle.tolist(), module.weight.tolist()]
+
+
+def nested(folder):
+    """Rank 1 fails inside of what all do together: its error is told, not that of those who heard of it."""
+    with together():
+        with together():
+            if rank() == 1:
+                raise ValueError("a torn picture")
+
+
+def collected(folder):
+    rows = torch.full((rank() + 1, 2), float(rank()))
+    return [collect([rank(), "x"]), rows_of_all(rows).tolist()]
 
 
 def killed(folder):
@@ -290,7 +304,7 @@ def main(folder):
         job(f"resumed{then}", resumed, path, then)
     job("killed", killed, folder / "killed", 2)
     job("resumed after kill", resumed, folder / "killed", 2)
-    for action in (uneven, differing, nan, no_room, epoch, buffers, watched):
+    for action in (uneven, differing, nan, no_room, nested, collected, epoch, buffers, watched):
         job(action.__name__, action, folder / action.__name__, 2)
     for world in (1, 2):
         job(f"first_stage{world}", first_stage, folder, world)

@@ -202,6 +202,17 @@ def test_one_process_says_what_is_wrong_and_all_end(ends, name, kind, message):
     assert re.search(message, text)
 
 
+def test_the_error_of_another_rank_is_told_by_it(ends):
+    assert ends["nested"] == [["Elsewhere", "rank 1 failed"], ["ValueError", "a torn picture"]]
+
+
+def test_rank_0_collects_what_the_others_have(ends):
+    succeeded(ends, "collected")
+    (_, first), (_, second) = ends["collected"]
+    assert first == [[0, "x", 1, "x"], [[0, 0], [1, 1], [1, 1]]]
+    assert second == [[], []]
+
+
 def test_nothing_is_written_where_processes_differ(ends, folder):
     assert ends["differing"]
     assert not (folder / "differing").exists()
@@ -227,9 +238,9 @@ def config(ends, folder, tmp_path):
     return tmp_path / "stage.yaml"
 
 
-def torchrun(config, *options):
+def torchrun(config, *options, program=("-m", "train")):
     """`torchrun --nproc-per-node 2 -m train autoencoder CONFIG`, as a user types it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "train"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *program]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [*launcher, "autoencoder", str(config), *options]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=config.parent, text=True, **pipes)
@@ -287,7 +298,10 @@ def test_under_torchrun_a_signal_stops_all_and_a_resumed_run_ends_well(config):
 def test_under_torchrun_a_mistake_is_told_once(config):
     (config.parent / "run").mkdir()
     (config.parent / "run" / "thesis.tex").write_text("years of work")
-    process = torchrun(config)
+    command = config.parent / "ldm-train"  # as it is installed
+    command.write_text(f"#!{sys.executable}\nimport sys\nfrom train.__main__ import main\nsys.exit(main())\n")
+    command.chmod(0o755)
+    process = torchrun(config, program=("--no-python", str(command)))
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert errors.count("ldm-train: error: ") == 1 and "no run folder (it holds thesis.tex)" in errors

@@ -23,6 +23,7 @@ from ldm.models.clip import TextConfig
 from ldm.models.controlnet import ControlNetConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights import compvis, diffusers, diffusers_config
+from ldm.weights.diffusers_controlnet import controlnet_json
 from ldm.weights.kinds import find_kind
 from ldm.weights.names import Config, build_empty
 from ldm.weights.reading import open_checkpoint
@@ -63,7 +64,7 @@ def oracle(config: Config) -> nn.Module:
         case AutoencoderConfig():
             data = diffusers_config.autoencoder_json(config)
         case ControlNetConfig():
-            data = diffusers_config.controlnet_json(config)
+            data = controlnet_json(config)
         case TextConfig():
             values = diffusers_config.text_json(config)
             return transformers.CLIPTextModel(transformers.CLIPTextConfig(**values))

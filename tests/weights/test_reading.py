@@ -341,7 +341,7 @@ def test_parts_alone_in_diffusers_names(sd1: dict[str, Tensor], tmp_path: Path) 
 def test_diffusers_names_of_a_controlnet(tmp_path: Path) -> None:
     import json
 
-    from ldm.weights.diffusers_config import controlnet_json
+    from ldm.weights.diffusers_controlnet import controlnet_json
 
     config = ControlNetConfig(unet=find_kind("tiny_sd15").config.unet)
     weights = {name: torch.randn_like(t) for name, t in ControlNet(config).state_dict().items()}

@@ -118,6 +118,15 @@ def test_known_containers_are_looked_into(form, wrap, names, tmp_path):
     assert torch.equal(found[names[-1]], table["bias"])
 
 
+def test_the_originals_embeddings_are_read(tmp_path):
+    """A ParameterDict, of which only the tensors are taken; before torch 1.6 its source code came along."""
+    vectors = torch.randn(2, 8)
+    table = nn.ParameterDict({"*": nn.Parameter(vectors)})
+    content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": table}
+    assert torch.equal(read_all(save(tmp_path / "a.pt", content))["*"], vectors)
+    refused(save(tmp_path / "b.pt", content, "legacy"), "holds the source code of a class, which is not run")
+
+
 def test_any_dense_layout_is_read_and_a_view_with_gaps_is_not(tmp_path):
     kernel = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     matrix = torch.randn(4, 5)
@@ -496,8 +505,8 @@ def test_foreign_classes_are_named(form, tmp_path, monkeypatch):
     )
     refused(save(path, nn.Linear(1, 1), form), "global torch.nn.modules.linear.Linear")
     refused(
-        save(path, {"a": nn.ParameterDict({"b": nn.Parameter(torch.ones(1))})}, form),
-        "container.ParameterDict",
+        save(path, {"a": nn.ParameterList([nn.Parameter(torch.ones(1))])}, form),
+        "container.ParameterList",
     )
 
 
@@ -633,6 +642,18 @@ PROGRAMS = {
     "2 GB of bytes": (program(b"cbuiltins\nbytearray\n" + BIG), "needs the global builtins.bytearray"),
     "8 GB of tensor": (program(b"ctorch\nTensor\n" + BIG), "needs the global torch.Tensor"),
     "an object": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", "uses the pickle instruction NEWOBJ"),
+    "an object of arguments": (
+        b"\x80\x02ctorch.nn.modules.container\nParameterDict\nK\x01\x85\x81.",
+        "uses the pickle instruction NEWOBJ",
+    ),
+    "a table of no parameters": (
+        b"\x80\x02ctorch.nn.modules.container\nParameterDict\n)\x81}b.",
+        "is damaged, or not of torch.save: '_parameters'",
+    ),
+    "a table that is called": (
+        b"\x80\x02ctorch.nn.modules.container\nParameterDict\n)R.",
+        "calls torch.nn.modules.container.ParameterDict",
+    ),
     "a later protocol": (b"\x80\x04\x95\x02\0\0\0\0\0\0\0}\x94.", "uses the pickle instruction FRAME"),
     "holds itself": (b"\x80\x02}q\0X\x01\0\0\0ah\0s.", "no tensors by name, only a"),
     "a list of itself": (b"\x80\x02]q\0h\0a.", "no tensors by name, only 0"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.config import to_dict
 from ldm.device import pick_device, place
+from ldm.distributed import rank
 from ldm.losses.adversarial import PatchDiscriminator, adaptive_weight, discriminator_hinge, generator_hinge
 from ldm.losses.autoencoding import (
     ADAPTIVE_LIMIT,
@@ -40,11 +41,11 @@ from ldm.seeding import derive, generator
 from ldm.weights.io import save_weights
 from sample.images import save_grid
 from train.bad_steps import pictures
-from train.bucketed import batch_rows, in_parts, load, on_one_sheet
+from train.bucketed import batch_rows, in_parts, largest, load, on_one_sheet
 from train.buckets import bucket_shapes
 from train.captions import data_key
 from train.data import DataConfig, to_float
-from train.distributed import parts_of, rank
+from train.distributed import parts_of
 from train.loop import Player, RunConfig
 from train.reading import Ahead
 from train.recompute import recompute_blocks
@@ -245,6 +246,24 @@ class AutoencoderTask:
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(images), self.discriminator(reconstructions)
         return discriminator_hinge(real, fake), {"real": real.mean().item(), "fake": fake.mean().item()}
+
+    def rehearse(self, player: str, images: int) -> Tensor:
+        width, height = largest(self.images)
+        real = torch.zeros(images, 3, height, width, device=self.device)
+        with torch.set_grad_enabled(player == "model"):
+            made, bottleneck = self.reconstruct(real)
+        weights = self.config.loss
+        if player == "discriminator":
+            return discriminator_hinge(self.discriminator(real), self.discriminator(made))
+        codes = isinstance(bottleneck, Quantized)
+        total = reconstruction_loss(real, made)
+        total = total + (bottleneck.loss.mean() if codes else kl_loss(bottleneck, real))
+        if weights.perceptual_weight:
+            total = total + self.perceptual(real, made).mean()
+        if weights.adversarial_weight:
+            self.discriminator.requires_grad_(False)
+            total = total + generator_hinge(self.discriminator(made))
+        return total
 
     def validate(self) -> dict[str, float]:
         """Mean PSNR of held-out images, decoded from the posterior's mode; nothing if none are held out.

@@ -32,7 +32,7 @@ from sample.images import save_grid
 from sample.model import check_fit
 from sample.pipeline import Pipeline
 from train import bucketed
-from train.bucketed import AnyImages, Ragged
+from train.bucketed import AnyImages, Ragged, largest
 from train.captions import check_captions
 from train.columns import load_labels
 from train.concat import Concat, ConcatConfig, check_channels, source_files
@@ -212,6 +212,17 @@ class DiffusionTask(DenoisingTask):
         if self.concat is not None:
             told["channels"] = self.concat.without(told["channels"], self.config.caption_dropout, step, part)
         return told
+
+    def rehearse(self, player: str, images: int) -> Tensor:
+        config = self.config.unet
+        width, height = (side // self.autoencoder.factor for side in largest(self.images.pixels))
+        x_t = torch.zeros(images, config.out_channels, height, width, device=self.device)
+        told = self._told_in_rehearsal(images)
+        if self.concat is not None:
+            more = config.in_channels - config.out_channels
+            told["channels"] = x_t.new_zeros(images, more, height, width)
+        t = torch.zeros(images, dtype=torch.int64, device=self.device)
+        return self.network(x_t, t, **told).float().square().mean()
 
     def pipeline(self) -> Pipeline:
         return Pipeline(
