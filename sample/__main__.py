@@ -5,7 +5,6 @@ it is called. Its options are in `options.py`. Several processes share out the p
 `torchrun --nproc-per-node N -m sample evaluate ...`, see `ldm/distributed.py`.
 """
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -52,23 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.check(args)
     del args.parser  # what follows is values, which are written down
     tolerate_encodings()
-    try:
-        return run(args)
-    except BaseException as error:
-        return report("ldm-sample", error, args.debug)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command in this process, or in all that a launcher has started; the exit status."""
     from ldm.distributed import Elsewhere, last_words, launched, together, world_size
 
-    command = importlib.import_module(f"sample.{args.command}")
     with launched():
         try:
             with last_words("Start all processes again"), together():
                 if world_size() > 1 and args.command not in SHARED:
                     raise ValueError(ALONE.format(args.command, world_size()))
-                command.run(args)
+                importlib.import_module(f"sample.{args.command}").run(args)
         except Elsewhere:  # and told there
             return FAILED
         except BaseException as error:

@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> None:
     defaults = vars(parse(parser, [], recorded))
     before = options(recorded, defaults)
     made = parse(parser, before, recorded)
-    if parse(parser, list(args.options), recorded).control:  # other controls, not more of them
-        before = [each for each in before if not each.startswith("--control")]
+    given = parse(parser, list(args.options), recorded)
+    for name in ("control", "lora"):  # others, not more of them
+        if getattr(given, name):
+            before = [each for each in before if not each.startswith(f"--{name}")]
     wanted = parse(parser, [*before, *args.options], recorded)
     args.debug = wanted.debug
     same = all(value == getattr(wanted, name) for name, value in vars(made).items() if name not in SIDE)

@@ -1,7 +1,7 @@
 """`ldm-sample annotate KIND IMAGE...`: the hints of pictures, as files and beside the pictures.
 
-KIND is that of an annotator, with options where wanted (`canny:low=50,high=150`), see `sample/annotators`. All
-hints are made before the first is written.
+KIND is that of an annotator, with options where wanted (`canny:low=50,high=150`), see `sample/annotators`.
+All hints are made before the first is written.
 """
 
 import argparse
@@ -17,11 +17,13 @@ LARGEST = 16384  # pixels of a side that --size may ask for
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write a hint for each picture, and one sheet of pictures and hints side by side; print where they are."""
+    """Write a hint for each picture, and a sheet of pictures and hints side by side; print where they are."""
     annotator, kind = parse_annotator(args.kind), args.kind.partition(":")[0]
     out = output_folder(args.out)
     if args.size is not None and not all(1 <= side <= LARGEST for side in args.size):
-        raise ValueError(f"--size must be between 1x1 and {LARGEST}x{LARGEST}, got {args.size[0]}x{args.size[1]}")
+        raise ValueError(
+            f"--size must be between 1x1 and {LARGEST}x{LARGEST}, got {args.size[0]}x{args.size[1]}"
+        )
     pictures = [read(Path(name), args.size, KINDS[kind].alpha) for name in args.images]
     hints = []
     for name, picture in zip(args.images, pictures, strict=True):
@@ -37,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read(path: Path, size: tuple[int, int] | None, alpha: bool) -> Image.Image:
-    """The picture in a file, upright, scaled and cut to `size` (W, H); with alpha where it has some and `alpha`
-    asks for it, else on white. Raises ValueError."""
+    """The picture in a file, upright, scaled and cut to `size` (W, H); with alpha where it has some and
+    `alpha` asks for it, else on white. Raises ValueError."""
 
     def convert(image: Image.Image) -> Image.Image:
         seen = image.convert("RGBA") if alpha and image.has_transparency_data else to_rgb(image)

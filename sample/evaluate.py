@@ -16,7 +16,8 @@ model that is never wrong.
 With `--features` the samples of training captions are also compared with the training pictures as two sets
 (`metrics.py`), and all samples with the training pictures nearest to them. A faithful model draws what a
 training caption says, and that is near to its training picture: of repetition speak the held-out pairs.
-`--real DIR --fake DIR` does the same for two folders of pictures, without a model.
+`--real DIR --fake DIR` does the same for two folders of pictures, without a model. `--control MODEL` asks
+whether hints are followed (`control_study.py`).
 """
 
 import argparse
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.real is not None or args.fake is not None:
         return compare_folders(args)
+    if args.control is not None:
+        from sample.control_study import run as follow_hints  # which is built on this module
+
+        return follow_hints(args)
     with together():
         study = prepare(args)
         real = Real(Path(args.data).expanduser(), study.rows, study.side)
@@ -245,6 +250,8 @@ def files(paths: list[Path]) -> Pictures:
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """The options, without those of other ways to evaluate that were not given."""
     left_out = {"command", "debug", "out"}
+    if args.control is None:
+        left_out |= {"control", "annotator", "hints"}
     left_out |= {key for key in ("real", "fake", "features", "feature_size") if vars(args)[key] is None}
     return {key: value for key, value in vars(args).items() if key not in left_out}
 

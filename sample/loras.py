@@ -4,10 +4,10 @@
     for step in pipe.stream(["a red apple"]):
         lora.set_scale(step.index / 50)     # another scale at each step
 
-The tag is the web UIs': `<lora:name>`, `<lora:name:both>`, `<lora:name:text:unet>`, also with `te=` and `unet=`,
-of a file in the folder of `--adapters DIR`. It is taken out of the prompt, which the text tower never sees it
-in. `Called` is what one command asks for: pictures made together agree in their LoRAs, so that the scales can
-be set for each batch.
+The tag is the web UIs': `<lora:name>`, `<lora:name:both>`, `<lora:name:text:unet>`, also with `te=` and
+`unet=`, of a file in the folder of `--adapters DIR`. It is taken out of the prompt before that is read.
+`Called` is what one command asks for: pictures made together agree in their LoRAs, so that the scales can be
+set for each batch.
 """
 
 import argparse
@@ -35,8 +35,8 @@ class Asked:
     """One LoRA of a prompt or option: the name in the folder or a path, its scale in UNet and text tower."""
 
     name: str
-    scale: float = 1.0
-    text_scale: float = 1.0
+    scale: float | int = 1.0
+    text_scale: float | int = 1.0
 
 
 class AddedLoRA:
@@ -51,7 +51,7 @@ class AddedLoRA:
     def set_scale(self, scale: float | int, text_scale: float | int | None = None) -> None:
         """In the UNet (and autoencoder), and in the text tower, which is the same where nothing is said.
 
-        The text tower reads a prompt before the first step. Raises ValueError for numbers that are not finite.
+        The text tower reads a prompt before the first step. Raises ValueError for infinity and NaN.
         """
         for part, lora in self.loras.items():
             lora.set_scale(scale if part != "text" or text_scale is None else text_scale)
@@ -80,7 +80,7 @@ def add_lora(
     path = Path(path).expanduser()
     name = path.stem if name is None else name
     if name in parts.loras:
-        raise ValueError(f"LoRA {name!r} is in the model already; remove it first, or give this one another name")
+        raise ValueError(f"LoRA {name!r} is in the model already; remove it, or give another name")
     modules = _modules(parts)
     configs = {part: module.config for part, module in modules.items()}
     file = read_lora(path, configs, partial)  # type: ignore[arg-type]
@@ -152,7 +152,9 @@ def call(parts: Parts, args: argparse.Namespace, asked: Sequence[tuple[str, str]
     paths = {path.stem: path for path, _ in files}
     for prompt, negative in asked if tags else ():
         if TAG.search(negative):
-            raise ValueError(f"negative prompt {negative[:60]!r}: a LoRA belongs into the prompt; it acts on both")
+            raise ValueError(
+                f"negative prompt {negative[:60]!r}: a LoRA belongs into the prompt and acts on both"
+            )
         for each in read_tags(prompt)[1]:
             paths[each.name] = paths.get(each.name) or find_adapter(args.adapters, each.name, LORAS)
     for prompt, _ in asked:
@@ -164,7 +166,9 @@ def call(parts: Parts, args: argparse.Namespace, asked: Sequence[tuple[str, str]
     for name, path in paths.items():
         added = add_lora(parts, path, name=name)
         for word in read_embedding_names(added.path):
-            print(f"ldm-sample: warning: {path} holds the word {word} too; --embedding {path}", file=sys.stderr)
+            print(
+                f"ldm-sample: warning: {path} holds the word {word} too; --embedding {path}", file=sys.stderr
+            )
     return called
 
 
@@ -211,5 +215,3 @@ def located(text: str) -> tuple[Path, float]:
     if not math.isfinite(value):
         raise ValueError(f"--lora must be like FILE or FILE:0.8, got {text!r}")
     return Path(path).expanduser(), value
-
-

@@ -498,6 +498,17 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         help="training config of the model, where it was trained on data.concepts alone",
     )
     command.add_argument(
+        "--control",
+        metavar="MODEL",
+        help="a ControlNet's: how well held-out hints are followed, and prompts still",
+    )
+    command.add_argument(
+        "--annotator", metavar="KIND", help="what makes its hints, such as canny:low=50,high=100 (its own)"
+    )
+    command.add_argument(
+        "--hints", type=int, default=100, help="held-out hints for --control (%(default)s)"
+    )
+    command.add_argument(
         "--captions", type=int, default=200, help="training captions to sample (%(default)s)"
     )
     command.add_argument("--steps", type=int, default=50, help="DDIM steps (%(default)s)")

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from ldm.config import find_config, load_config
 from ldm.weights.io import write_atomically
 from sample import options as command_line
-from sample.arguments import sampling_of
+from sample.arguments import sampling_of, weaker_of
 from sample.cli import Parser, load_pipeline
 from sample.images import output_folder, save_new
+from sample.parts import Parts
 from sample.pipeline import Pipeline
 from sample.recording import POSITIONAL, READING
 from sample.txt2img import Repeated
@@ -79,19 +80,19 @@ def run(args: argparse.Namespace) -> None:
     models = [[getattr(each, name) for name in MODEL] for each in parsed]
     rows: dict[int, dict[str, Any]] = {}
     pictures: dict[int, list[Image.Image]] = {}
-    loaded: tuple[Any, Pipeline] | None = None
+    loaded: tuple[Any, Pipeline, Weaker] | None = None
     # Cells of one model after the other, so that each is loaded once
     order = sorted(range(len(cells)), key=lambda i: models.index(models[i]))
     for i in tqdm(order, unit="cell", disable=None):
         if loaded is None or loaded[0] != models[i]:
             loaded = None  # the old model's memory first
-            loaded = (models[i], load_pipeline(parsed[i]))
+            loaded = (models[i], load_pipeline(parsed[i]), Weaker())
             same = [parsed[j] for j in order if models[j] == models[i]]
-            warnings = [line for each in same for line in make(sweep.command, each, loaded[1], dry=True)[1]]
+            warnings = [line for each in same for line in make(sweep.command, each, *loaded[1:], dry=True)[1]]
             for line in dict.fromkeys(warnings):
                 print(line, file=sys.stderr)
         begun = time.perf_counter()
-        files, _ = make(sweep.command, parsed[i], loaded[1])
+        files, _ = make(sweep.command, parsed[i], *loaded[1:])
         seconds = time.perf_counter() - begun
         names_made = " ".join(file.name for file in files)
         rows[i] = {**cells[i], "seconds": f"{seconds:.2f}", "files": names_made}
@@ -102,13 +103,25 @@ def run(args: argparse.Namespace) -> None:
         print(path)
 
 
+class Weaker:
+    """The models of `--autoguide` beside one model, each loaded once for all cells."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Parts | None] = {}
+
+    def __call__(self, args: argparse.Namespace) -> Parts | None:
+        if args.autoguide is not None and args.autoguide not in self.models:
+            self.models[args.autoguide] = weaker_of(args)
+        return self.models.get(args.autoguide)
+
+
 def make(
-    command: str, args: argparse.Namespace, pipe: Pipeline, dry: bool = False
+    command: str, args: argparse.Namespace, pipe: Pipeline, weak: Weaker, dry: bool = False
 ) -> tuple[list[Path], list[str]]:
     """Run a cell's command without a word: its files, its warnings. dry: only check, before it samples."""
     run = importlib.import_module(f"sample.{command}").run
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
-        files = run(args, Repeated({}, dry=dry, grid=False), pipe=pipe)
+        files = run(args, Repeated({}, dry=dry, grid=False, weak=weak), pipe=pipe)
     return files, told.getvalue().splitlines()
 
 

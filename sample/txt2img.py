@@ -27,8 +27,9 @@ from sample.depth import read_depth
 from sample.embeddings import use
 from sample.hints import RECORD, read_controls, read_hints, require_same, tell_sizes
 from sample.images import grid, output_folder, save_new, to_pil, to_tensor
-from sample.loras import Called, call
 from sample.looking import Look, Looking, looking_of
+from sample.loras import Called, call
+from sample.parts import Parts
 from sample.pipeline import Pipeline, batches
 from sample.preview import PREVIEW
 from sample.recording import common_parameters, tell_differences
@@ -61,13 +62,14 @@ class Repeated:
     """What `again` repeats: the text chunk of a picture, and the number of the one picture to write.
 
     Where that is None, all that are made are written, and (grid) their grid. dry: nothing is made, only
-    checked; both are for `sweep`.
+    checked. weak: reads the model of `--autoguide`. The last three are for `sweep`.
     """
 
     recorded: Mapping[str, Any]
     only: int | None = None
     dry: bool = False
     grid: bool = True
+    weak: Callable[[argparse.Namespace], Parts | None] = weaker_of
 
     def leaves_out(self, number: int) -> bool:
         return self.only not in (None, number)
@@ -198,7 +200,7 @@ def prepare(args: argparse.Namespace, repeated: Repeated, read: Read, pipe: Pipe
     hinted = read_hints(args)
     pipe = load_pipeline(args) if pipe is None else pipe
     controls, control_files = read_controls(hinted, pipe, args.allow_nan)
-    guidance = replace(sampling.guide, weak=weaker_of(args))
+    guidance = replace(sampling.guide, weak=repeated.weak(args))
     sampling = replace(sampling, guidance=guidance, controls=controls)
     words = use([pipe, guidance.weak], args, [text for pair in asked for text in pair])
     called = call(pipe, args, asked)

@@ -3,6 +3,8 @@
     ldm-weights inspect FILE...                                     what a checkpoint holds; reads no tensor
     ldm-weights convert SRC DST --to FORM                           the same checkpoint in another form
     ldm-weights transfer CONTROLNET DST --from BASE --to OTHER      a ControlNet for another base model
+    ldm-weights lora ...                                            files of LoRAs, see `lora_commands.py`
+    ldm-weights embedding FILE [DST]                                what new words it holds; DST in its form
 
 or `python -m sample.weights ...`. All work on files of any size: converting holds one set of weights. The
 work is done in `ldm/weights`.
@@ -14,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sample import lora_commands
 from sample.cli import Parser, add_checkpoint_options, report, tolerate_encodings
 
 if TYPE_CHECKING:
@@ -45,6 +48,16 @@ def parser() -> argparse.ArgumentParser:
     )
     transfer.add_argument("--to", dest="other", required=True, metavar="OTHER", help="model it shall steer")
     transfer.add_argument("--dtype", help="float32, bfloat16 or float16 (that of CONTROLNET)")
+    embedding = commands.add_parser(
+        "embedding", help="look into a file of new words, or convert it", description=embedding_.__doc__
+    )
+    embedding.add_argument("file", metavar="FILE", help="of textual inversion, whatever its form")
+    embedding.add_argument("destination", nargs="?", metavar="DST", help="new file; its suffix is its form")
+    embedding.add_argument("--to", metavar="FORM", help="another form: diffusers, original or webui")
+    embedding.add_argument("--token", metavar="NAME", help="what to call its one word (as the file says)")
+    embedding.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    lora = commands.add_parser("lora", help="look into files of LoRAs, convert, merge, combine, extract")
+    lora_commands.add_commands(lora)
     for command in (inspect, convert, transfer):
         add_checkpoint_options(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -84,6 +97,18 @@ def transfer_(args: argparse.Namespace) -> None:
     )
     dtype = None if args.dtype is None else pick_dtype(args.dtype)
     print(convert(transfer(control, base, other), args.destination, control.form, dtype, args.allow_nan))
+
+
+def embedding_(args: argparse.Namespace) -> None:
+    """Print the words of a file of textual inversion and their vectors; with DST, write them there."""
+    from ldm.weights.embeddings import convert, described
+
+    if args.destination is not None:
+        print(convert(args.file, args.destination, args.to, args.token))
+    elif args.to is not None or args.token is not None:
+        raise ValueError("--to and --token are for writing: name the file DST too")
+    else:
+        print(described(args.file))
 
 
 def _open(args: argparse.Namespace, path: object) -> "Checkpoint":
@@ -142,8 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
     tolerate_encodings()
+    commands = {
+        "inspect": inspect_,
+        "convert": convert_,
+        "transfer": transfer_,
+        "embedding": embedding_,
+        "lora": lora_commands.run,
+    }
     try:
-        {"inspect": inspect_, "convert": convert_, "transfer": transfer_}[args.command](args)
+        commands[args.command](args)
     except BaseException as error:
         return report("ldm-weights", error, args.debug)
     return 0

@@ -108,9 +108,10 @@ def run_training(args: argparse.Namespace) -> int:
     from ldm.distributed import Elsewhere, is_first, together
     from train.loop import Interrupted, command_line, train
     from train.plan import memory_advice, plan
+    from train.streaming import dry
 
     try:
-        with together():
+        with together(), dry(args.dry_run):
             task = build_task(args.command, args.config, args.overrides)
     except Elsewhere:
         return FAILED

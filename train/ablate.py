@@ -33,15 +33,18 @@ from torch import Tensor
 from ldm.config import differences, find_config, from_dict, load_config, to_dict
 from ldm.device import pick_device
 from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.editing import concatenated
 from ldm.weights.io import write_atomically
 from sample.pipeline import Pipeline
 from sample.questions import Picture, Question, pick, read_images, read_rows
 from train import levels
 from train.ablation_table import Arm, Result, write_report
+from train.concat import Concat, check_channels
 from train.data import DataConfig, load_images, to_float
 from train.loop import Interrupted, RunConfig, Task, train
 from train.plan import plan as dry_run
 from train.statistics import MOST
+from train.streaming import dry
 from train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 
@@ -216,7 +219,8 @@ def plans(study: Ablation, runs: list[Run], lines: dict[str, str], out: Path) ->
     told = []
     for run in runs[: len(study.arms)]:
         told.append(f"arm {run.arm}: {lines[run.arm] or 'the baseline'}")
-        told += [f"  {line}" for line in dry_run(build(run.config)).splitlines()]
+        with dry():
+            told += [f"  {line}" for line in dry_run(build(run.config)).splitlines()]
     done = sum(ready(run, study.evaluate) for run in runs)
     count = f"{len(runs)} runs ({len(study.arms)} arms, {len(study.seeds)} seeds), {done} of them finished"
     return "\n".join([*told, f"{count}; then table.md, table.csv and figure.svg into {out}"])
@@ -388,26 +392,38 @@ def peak_mib(device: torch.device) -> float | None:
 def evaluate(folder: Path, config: DiffusionTaskConfig, asked: Evaluation) -> dict[str, float]:
     """The metrics that `asked` names, of the exported model of a run."""
     pipe = Pipeline.load(folder.resolve() / "model", config.run.device)
-    values = denoising_errors(pipe, config.data, asked) if asked.levels else {}
+    kind = check_channels(config.concat, pipe.unet.config, pipe.autoencoder)
+    concat = Concat(config.concat, kind, pipe.autoencoder, asked.seed) if config.concat and kind else None
+    values = denoising_errors(pipe, config.data, asked, concat, folder / "cache") if asked.levels else {}
     for scale in asked.guidance:
         values[f"fidelity@{scale:g}"] = fidelity(pipe, config.data, asked, scale)
     return values
 
 
 @torch.no_grad()
-def denoising_errors(pipe: Pipeline, data: DataConfig, asked: Evaluation) -> dict[str, float]:
-    """The error of denoising held-out images by level, see `levels.py`."""
+def denoising_errors(
+    pipe: Pipeline, data: DataConfig, asked: Evaluation, concat: Concat | None = None, cache: Path = Path()
+) -> dict[str, float]:
+    """The error of denoising held-out images by level, see `levels.py`.
+
+    concat: makes what the network reads besides latents, a function of `asked.seed`. cache: the run's.
+    """
     images = load_images(data, "heldout_image")
     if not len(images):
         raise ValueError(f"evaluate.levels needs held-out images, of which {data.path} has none")
+    network, source = pipe.network, torch.zeros(0)
+    if concat is not None:
+        network = concatenated(network)
+        source = concat.source(data, cache, "heldout", images.files, images.pixels)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        for rows in torch.arange(len(images)).split(levels.BATCH):
+        for part, rows in enumerate(torch.arange(len(images)).split(levels.BATCH)):
             x0 = pipe.autoencoder.encode_latents(to_float(images.pixels[rows]).to(pipe.device))
             captions = [images.captions[row] if pipe.text_encoder else "" for row in rows.tolist()]
-            yield x0, pipe.conditioning(captions)
+            channels = {} if concat is None else {"channels": concat(source[rows], "levels", part)}
+            yield x0, {**pipe.conditioning(captions), **channels}
 
-    denoise = Denoiser(pipe.network, pipe.schedule)
+    denoise = Denoiser(network, pipe.schedule)
     errors = levels.denoising_errors(denoise, batches(), asked.levels, asked.seed)
     return {f"error@{level:g}": error for level, error in errors.items()}
 

@@ -1,21 +1,23 @@
 """All that a run consists of, to and from a state on the disk (`state.py`), and what may differ at --resume.
 
-The files do not tell how many processes wrote them, or whether those had the weights in pieces.
+A state does not tell how many processes wrote it. Weights in pieces are saved in pieces; any run goes on from
+either kind.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.config import differences, from_dict, to_dict
-from ldm.distributed import is_first
 from train import sharded
 from train.distributed import parts_of
 from train.ema import EMA
-from train.state import load_newest_state, optimizer_tensors, restore_optimizer, save_state
+from train.given import require_given
+from train.state import newest_state, optimizer_tensors, restore_optimizer, room_for_optimizer, save_state
 
 if TYPE_CHECKING:
     from train.loop import Task
@@ -34,18 +36,13 @@ def save(
 
     Raises OSError where there is no room for it (say); the states before it stay.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, player in task.players.items():
-        tensors |= {f"weights/{name}/{key}": value for key, value in player.module.state_dict().items()}
-        tensors |= optimizer_tensors(optimizers[name], f"optimizer/{name}")
-        if name in emas:
-            tensors |= {f"ema/{name}/{key}": sharded.whole(value) for key, value in emas[name].shadow.items()}
+    tensors = held_tensors(task, emas)
+    for name, optimizer in optimizers.items():
+        tensors |= optimizer_tensors(optimizer, f"optimizer/{name}")
     updates = {name: ema.updates for name, ema in emas.items()}
     config, parts = to_dict(task.config), parts_of(task.config.run.accumulate)
     header = {"config": config, "parts": parts, "updates": updates, "sums": sums, "skips": skips}
-    header["data"] = getattr(task, "data_key", None)
-    if not is_first():
-        return
+    header |= {"data": getattr(task, "data_key", None), "given": getattr(task, "given", {})}
     try:
         save_state(folder / "states", step, tensors, header, task.config.run.keep)
     except OSError as error:
@@ -54,6 +51,16 @@ def save(
             "mend that and go on with --resume"
         )
         raise OSError(error.errno, told, str(folder / "states")) from error
+
+
+def held_tensors(task: "Task", emas: Mapping[str, EMA]) -> dict[str, Tensor]:
+    """Weights and moving averages as this process holds them, by their names in a state; to be written to."""
+    held: dict[str, Tensor] = {}
+    for name, player in task.players.items():
+        held |= {f"weights/{name}/{key}": value for key, value in sharded.tensors(player.module).items()}
+        if name in emas:
+            held |= {f"ema/{name}/{key}": value for key, value in emas[name].shadow.items()}
+    return held
 
 
 def restore(
@@ -67,7 +74,8 @@ def restore(
 
     Returns the step to go on from, the metrics not logged yet, and lines to show.
     """
-    tensors, header, notes = load_newest_state(folder / "states")
+    saved, notes = newest_state(folder / "states")
+    header = saved.header
     # Through the dataclass, so that a key which did not exist when the state was written has its default.
     before = to_dict(from_dict(type(task.config), header["config"], f"the state in {folder}"))
     lines = differences(before, to_dict(task.config))
@@ -78,21 +86,28 @@ def restore(
     data, data_before = getattr(task, "data_key", None), header.get("data")
     if data != data_before and data_before is not None:
         lines.append(f"the training set: {data_before} -> {data}")
+    require_given(header.get("given"), getattr(task, "given", {}), task.config)
     free = (*task.config.run.FREE, "run.accumulate")
     changed = "; ".join(line for line in lines if not line.startswith(free))
     if changed:
         raise ValueError(f"--resume with changed values: {changed}; restore them or start a new run.out=")
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-    for name, player in task.players.items():
-        sharded.load(player.module, part(f"weights/{name}/"), f"the state in {folder}")
-        restore_optimizer(optimizers[name], tensors, f"optimizer/{name}")
-        if name in emas:
-            for key, value in part(f"ema/{name}/").items():
-                emas[name].shadow[key].copy_(sharded.piece_like(emas[name].shadow[key], value))
-            emas[name].updates = header["updates"][name]
+    tensors = held_tensors(task, emas)
+    own = {key: tensor.shape for key, tensor in tensors.items()}
+    theirs = {k: shape for k, (shape, _) in saved.shapes.items() if k.startswith(("weights/", "ema/"))}
+    if other := [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]:
+        raise ValueError(f"the state in {folder} has other weights: {', '.join(sorted(other)[:5])}")
+    for name, optimizer in optimizers.items():
+        tensors |= room_for_optimizer(optimizer, saved.shapes, f"optimizer/{name}")
+    with torch.no_grad():
+        saved.read(tensors)
+    for key, tensor in tensors.items():
+        if key.startswith("weights/") and not bool(sharded.own_piece(tensor).isfinite().all()):
+            raise ValueError(f"the state in {folder} is damaged: {key} holds NaN or infinite values")
+    for name, optimizer in optimizers.items():
+        restore_optimizer(optimizer, tensors, f"optimizer/{name}")
+    for name, ema in emas.items():
+        ema.updates = header["updates"][name]
     skips.update(header.get("skips", {}))
     sums = {name: (total, count) for name, (total, count) in header.get("sums", {}).items()}
     return int(header["step"]), sums, [*notes, f"resumed at step {header['step']}"]

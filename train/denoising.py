@@ -32,6 +32,7 @@ from train.captions import data_key
 from train.conditioning import FrozenText
 from train.data import DataConfig
 from train.distributed import parts_of
+from train.given import fingerprint
 from train.levels import BATCH, denoising_errors, within
 from train.loop import RunConfig
 from train.streaming import require_whole
@@ -144,6 +145,14 @@ class DenoisingTask:
         """What a dropped caption becomes, (T,) or (); None where none is ever dropped."""
         return None if self.read is None or self.config.caption_dropout == 0 else self.read([""])[0]
 
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """Hashes of the files that are read and not trained, by their keys (`given.py`)."""
+        frozen = {"autoencoder": self.autoencoder}
+        if self.frozen_text is not None:
+            frozen["tower.checkpoint"] = self.frozen_text.tower
+        return {key: fingerprint(module) for key, module in frozen.items()}
+
     def prepare(self) -> None:
         """Encode the training set; of several processes the first does it alone, and the others read it."""
         _ = self.data
@@ -207,8 +216,9 @@ class DenoisingTask:
             return {"context": torch.zeros(shape, device=self.device)}
         ids = self.read(self.images.captions[:1])
         ids = ids.new_zeros(images, *ids.shape[1:]).to(self.device)
-        encoder = self.text_encoder
-        return {"context": encoder.hidden(ids, encoder.config.skip_layers) if isinstance(encoder, TextEncoder) else encoder(ids)}
+        if isinstance(self.text_encoder, TextEncoder):
+            return {"context": self.text_encoder.hidden(ids, self.text_encoder.config.skip_layers)}
+        return {"context": self.text_encoder(ids)}
 
     def _losses(
         self,

@@ -39,7 +39,7 @@ from train.checkpoint import restore, save
 from train.distributed import LOST, own_parts, parts_of
 from train.ema import EMA
 from train.report import Quiet, Reporter
-from train.state import PATTERN, held, sweep
+from train.state import held, states, sweep
 from train.stopping import StopSignals
 
 # What a run's folder may hold before its first state, hidden files aside; anything else is somebody's.
@@ -209,7 +209,7 @@ def prepare_folder(config: Any, resume: bool) -> Path:
     """The run folder, which the caller holds, with `config.yaml`; refuses to mix runs."""
     folder = Path(config.run.out)
     if not resume:
-        if list((folder / "states").glob(PATTERN)):
+        if states(folder / "states"):
             raise ValueError(f"{folder} already holds a run; go on with --resume, or choose another run.out=")
         if (folder / "model").exists():
             raise ValueError(f"{folder} already holds a finished model; choose another run.out=")

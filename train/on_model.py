@@ -40,6 +40,7 @@ class OnModelTask(DenoisingTask):
         self.read = self.base.tokenizer
         assert self.base.checkpoint is not None
         self.model_hash = weights_hash(self.base.checkpoint.files)
+        self.given = {"model": self.model_hash}
 
     def read_once(self, captions: Sequence[str], cache: bool = True) -> None:
         """Read captions by the frozen tower once and keep what it makes of them, on disk by `cache`."""

@@ -85,6 +85,9 @@ class PersonalTask(OnModelTask):
                 f"{config.model} reads {unet.in_channels - unet.out_channels} channels besides its latents; "
                 "such models are taught by ldm-train diffusion with init_from and concat"
             )
+        parts, self.class_batch = parts_of(config.run.accumulate), config.prior.batch or config.run.batch
+        if config.prior.on and self.class_batch % parts:
+            raise ValueError(f"prior.batch {self.class_batch} must be a multiple of the {parts} parts of a batch")
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         networks = self._networks()
         images = self.images
@@ -167,12 +170,9 @@ class PersonalTask(OnModelTask):
         return LatentSet(*bucketed.moments(cache, "class", pixels, self.autoencoder), None, None), captions
 
     def _class_rows(self, step: int, part: int) -> Tensor:
-        run, parts = self.config.run, parts_of(self.config.run.accumulate)
-        batch = self.config.prior.batch or run.batch
-        if batch % parts:
-            raise ValueError(f"prior.batch {batch} must be a multiple of the {parts} parts of a batch")
-        rows = batch_rows(self.class_set[0].mean, batch, derive(run.seed, "class"), step)
-        return rows.chunk(parts)[part]
+        run = self.config.run
+        rows = batch_rows(self.class_set[0].mean, self.class_batch, derive(run.seed, "class"), step)
+        return rows.chunk(parts_of(run.accumulate))[part]
 
     # --- the loss -------------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ class PersonalTask(OnModelTask):
     def rehearse(self, player: str, images: int) -> Tensor:
         size, config = self.config.data.size // self.autoencoder.factor, self.unet.config
         if self.config.prior.on:
-            images += (self.config.prior.batch or self.config.run.batch) // parts_of(self.config.run.accumulate)
+            images += self.class_batch // parts_of(self.config.run.accumulate)
         x_t = torch.zeros(images, config.in_channels, size, size, device=self.device)
         t = torch.zeros(images, dtype=torch.int64, device=self.device)
         return self.network(x_t, t, **self._told_in_rehearsal(images)).float().square().mean()

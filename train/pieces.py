@@ -3,10 +3,10 @@
     states/step-00001200/shard-00002-model-00001-of-00001.safetensors    what rank 1 holds, and nothing else
     states/step-00001200/state.json    what the header of a state in one file says, and each tensor's shape
 
-DCP's usual files end in a pickle, `.metadata`, which its reader unpickles. So these are its safetensors files:
-each header says where its pieces lie in the whole, and any number of processes reads of them what it needs.
-The folder is written under another name, flushed, and renamed once all processes are done: a kill leaves
-either all of it or nothing that counts. Needed beside what is trained: twice this process's pieces, on the CPU.
+DCP's usual files end in a pickle, `.metadata`, which its reader unpickles. So these are its safetensors
+files: each header says where its pieces lie in the whole, and any number of processes reads of them what it
+needs. The folder is written under another name, flushed, and renamed once all processes are done: a kill
+leaves either all of it or nothing that counts. DCP takes twice this process's pieces in memory, on the CPU.
 """
 
 import json
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ldm.distributed import is_first, together
-from ldm.weights.io import DTYPE_NAMES, DTYPES, Refusal, checked_shape, parse_json, read_header, write_atomically
+from ldm.distributed import connected, is_first, together
+from ldm.weights import io
+from ldm.weights.io import Refusal, checked_shape, parse_json, read_header
 
 HEADER = "state.json"
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]
@@ -44,15 +45,16 @@ def save_pieces(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
             part.mkdir(parents=True)
     flat = {name: t if isinstance(t, DTensor) else t.detach().contiguous() for name, t in tensors.items()}
     try:
-        save(flat, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
+        with connected():
+            save(flat, storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
     except CheckpointException as error:  # no Exception, and the same in all processes
         shutil.rmtree(part, ignore_errors=True)
         raise first_failure(error.failures) from error
     with together():
         if is_first():
-            shapes = {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in tensors.items()}
+            shapes = {name: [io.DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in tensors.items()}
             text = json.dumps({"header": dict(header), "tensors": shapes}, ensure_ascii=False)
-            write_atomically(part / HEADER, text)
+            io.write_atomically(part / HEADER, text)
             shutil.rmtree(path, ignore_errors=True)  # of this step, from before a resume
             os.rename(part, path)
 
@@ -72,7 +74,7 @@ def open_pieces(path: Path) -> tuple[Shapes, dict[str, Any], Callable[[Mapping[s
     try:
         told = parse_json((path / HEADER).read_bytes())
         shapes = {
-            name: (checked_shape(shape), DTYPES[dtype]) for name, (dtype, shape) in told["tensors"].items()
+            name: (checked_shape(shape), io.DTYPES[dtype]) for name, (dtype, shape) in told["tensors"].items()
         }
         header = dict(told["header"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -33,6 +33,8 @@ def shard(network: nn.Module, device: torch.device) -> None:
     Its `state_dict` is whole in rank 0, on the CPU: all processes must ask for it together.
     """
     mesh = init_device_mesh(device.type, (world_size(),))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 takes no other layout, such as channels-last
     for block in network.modules():
         if isinstance(block, BLOCKS) and block is not network:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -58,7 +60,7 @@ def make_whole(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What `state_dict` names, each tensor as this process holds it: whole, or a piece that may be written to."""
+    """What `state_dict` names, each as this process holds it: whole, or a piece; they may be written to."""
     if not is_sharded(module):
         return dict(module.state_dict())
     found = {}
@@ -77,6 +79,11 @@ def is_sharded(module: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which each process has a piece: all of them must ask. Others are whole as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_piece(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def piece_like(tensor: Tensor, value: Tensor) -> Tensor:

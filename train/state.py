@@ -11,20 +11,24 @@ none behind.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ldm.weights.io import load_weights, save_weights
-from train.sharded import piece_like, whole
+from ldm.distributed import is_first
+from ldm.weights.io import read_header, save_weights
+from train.pieces import open_pieces, save_pieces
+from train.sharded import piece_like
 
-PATTERN = "step-*.safetensors"
+PATTERN = "step-*"
 LOCK = ".lock"
 
 
@@ -64,28 +68,75 @@ def sweep(folder: Path) -> None:
     """Delete weights that a killed process left half written; for the process that holds the run folder."""
     for part in folder.glob("*/.*.safetensors.*.part"):
         part.unlink(missing_ok=True)
+    for part in folder.glob("states/.step-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def states(folder: Path) -> list[Path]:
+    """All states of a run, oldest first; of one step the folder after the file, as it is the later format."""
+    found = [path for path in folder.glob(PATTERN) if path.suffix == ".safetensors" or path.is_dir()]
+    return sorted(found, key=lambda path: (path.stem, path.is_dir()))
 
 
 def save_state(
     folder: Path, step: int, tensors: dict[str, Tensor], header: dict[str, Any], keep: int
 ) -> Path:
-    """Write the state of `step`, then delete all but the newest `keep`; old ones go once it is whole."""
-    path = folder / f"step-{step:08d}.safetensors"
-    save_weights(path, tensors, {"step": step, **header})
-    for old in sorted(folder.glob(PATTERN))[:-keep]:
-        old.unlink()
+    """Write the state of `step`, then delete all but the newest `keep`; old ones go once it is whole.
+
+    Where a tensor is in pieces, all processes call this together.
+    """
+    path = folder / f"step-{step:08d}"
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        save_pieces(path, tensors, {"step": step, **header})
+    else:
+        path = path.with_name(f"{path.name}.safetensors")
+        save_weights(path, tensors, {"step": step, **header})
+    if is_first():
+        delete([other for other in states(folder) if other.stem == path.stem and other != path])
+        delete(states(folder)[:-keep])
     return path
 
 
-def load_newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """The newest whole state, its header, and a line for each torn file passed over.
+def delete(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state on the disk: shape and format of its tensors, and its header. `read` fills tensors in place."""
+
+    shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
+    header: dict[str, Any]
+    read: Callable[[Mapping[str, Tensor]], None]
+
+
+def open_state(path: Path) -> Saved:
+    """Raises ValueError where the state is torn. What it holds is only read into tensors that are given."""
+    if path.is_dir():
+        return Saved(*open_pieces(path))
+    shapes, header = read_header(path)
+
+    def read(into: Mapping[str, Tensor]) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name, tensor in into.items():
+                tensor.copy_(piece_like(tensor, file.get_tensor(name)))
+
+    return Saved(shapes, header, read)
+
+
+def newest_state(folder: Path) -> tuple[Saved, list[str]]:
+    """The newest whole state, and a line for each torn one passed over.
 
     Raises FileNotFoundError where there is none: resuming never starts a new run silently.
     """
     notes: list[str] = []
-    for path in sorted(folder.glob(PATTERN), reverse=True):
+    for path in reversed(states(folder)):
         try:
-            return *load_weights(path), notes
+            return open_state(path), notes
         except ValueError as error:
             notes.append(f"passed over: {error}")
     raise FileNotFoundError(
@@ -93,14 +144,36 @@ def load_newest_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     )
 
 
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a state, whole, and its header. Raises as `open_state`."""
+    saved = open_state(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved.shapes.items()}
+    saved.read(tensors)
+    return tensors, saved.header
+
+
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
-    """The optimiser's per-parameter state as `prefix/index/name`."""
+    """The optimiser's per-parameter state as `prefix/index/name`; in pieces where the parameters are."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{prefix}/{index}/{name}": whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+        f"{prefix}/{index}/{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for index, entries in state.items()
         for name, value in entries.items()
     }
+
+
+def room_for_optimizer(
+    optimizer: Optimizer, shapes: Mapping[str, tuple[torch.Size, torch.dtype]], prefix: str
+) -> dict[str, Tensor]:
+    """Tensors to read what `optimizer_tensors` wrote into, in pieces where the parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    room = {}
+    for key, (shape, dtype) in shapes.items():
+        if key.startswith(f"{prefix}/"):
+            parameter = parameters[int(key.rsplit("/", 2)[1])]
+            alike = parameter.shape == shape
+            room[key] = torch.empty_like(parameter, dtype=dtype) if alike else torch.empty(shape, dtype=dtype)
+    return room
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:

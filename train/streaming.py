@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,6 +39,19 @@ LONGEST = 200
 _mapped: dict[int, tuple[Path, os.stat_result, str, Tensor]] = {}
 
 
+_dry: ContextVar[bool] = ContextVar("dry", default=False)
+
+
+@contextmanager
+def dry(run: bool = True) -> Iterator[None]:
+    """Inside the block, where `run` is a dry run, sets are listed but nothing of them is written."""
+    token = _dry.set(run)
+    try:
+        yield
+    finally:
+        _dry.reset(token)
+
+
 def default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "latent-diffusion-from-scratch" / "pixels"
@@ -47,11 +61,15 @@ def stream_images(folder: "ImageFolder") -> tuple[Tensor, list[int], list[str]]:
     """Pixels (N, 3, size, size) uint8 of the pictures that can be read, their numbers in the folder's list,
     and why the others cannot be read.
 
-    Made when no file has them yet, or when a picture has another size or date than the file's.
+    Made when no file has them yet, or when a picture has another size or date than the file's. In a dry run
+    none is made: the pixels are then one black pixel, seen as all of them, and no picture counts as broken.
     """
     config, key = folder.config, set_key(folder)
     path = (Path(config.cache).expanduser() if config.cache else default_cache()) / f"{key}.safetensors"
     if not whole(path):
+        if _dry.get():
+            pixels = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+            return pixels.expand(len(folder), 3, config.size, config.size), list(range(len(folder))), []
         with appearing(path) as file:
             _write_pixels(file, folder)
     tensors, metadata = map_weights(path, key)

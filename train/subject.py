@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ldm.seeding import generator
+from train.templates import OBJECT, STYLE
 
 OWN = "own"
-LISTS: dict[str, tuple[str, ...]] = {}
+LISTS = {"object": OBJECT, "style": STYLE}
 
 
 @dataclass(frozen=True)

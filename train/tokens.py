@@ -21,12 +21,14 @@ from sample.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class TokensConfig:
-    """words: new words, each with the word whose vector it starts from ("toy"), or "" for random values.
-    vectors: how many a word has. counts: of words that have another number. one_more_every: start with one
-    vector a word and use one more every so many steps; 0 uses all from the start.
+    """words: the new words. starts: for each the word whose vector it starts from ("toy"), or "" for random
+    values; one is for all, none is at random. vectors: how many a word has. counts: of words that have another
+    number. one_more_every: start with one vector a word and use one more every so many steps; 0 uses all from the
+    start.
     """
 
-    words: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ()
     vectors: int = 1
     counts: dict[str, int] = field(default_factory=dict)
     one_more_every: int = 0
@@ -36,6 +38,11 @@ class TokensConfig:
             raise ValueError(
                 f"tokens.vectors {self.vectors} must be at least 1 and tokens.one_more_every "
                 f"{self.one_more_every} at least 0"
+            )
+        if len(self.starts) not in (0, 1, len(self.words)):
+            raise ValueError(
+                f"tokens.starts has {len(self.starts)} words for {len(self.words)} of tokens.words; give one a word, "
+                "one for all or none"
             )
         if unknown := [word for word in self.counts if word not in self.words]:
             raise ValueError(
@@ -60,7 +67,8 @@ class NewWords:
             raise ValueError("new words need a model with a text tower of CLIP's form; this one has none")
         self.config = config
         self.module: TextualInversion = textual_inversion(base.text_encoder, base.tokenizer)
-        for word, start in config.words.items():
+        starts = config.starts if len(config.starts) > 1 else (*config.starts, "")[:1] * len(config.words)
+        for word, start in zip(config.words, starts, strict=True):
             count = config.counts.get(word, config.vectors)
             self.module.add(word, first_vectors(base, word, start, count, seed))
         self.initial = [rows.detach().clone() for rows in self.module.rows]

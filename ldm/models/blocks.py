@@ -120,17 +120,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
-        adapted = hasattr(self.conv, "adapt")  # by a LoRA
-        if self.folds(x) and not adapted:
+        adapt = getattr(self.conv, "adapt", None)  # what a LoRA adds
+        if self.folds(x) and adapt is None:
             return self.folded(x)
         large = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2H, 2W)
-        return self.conv.adapt(self.folded(x), large) if self.folds(x) else self.conv(large)
+        return adapt(self.folded(x), large) if adapt is not None and self.folds(x) else self.conv(large)
 
     def folds(self, x: Float[Tensor, "B C H W"]) -> bool:
         """Whether `forward` takes the four small convolutions for this input.
 
-        Summing the kernels costs as much as some 200 pixels (measured), and in half precision it rounds once
-        more; a convolution that was replaced by another module has no kernel to sum.
+        Summing the kernels pays only where there are many pixels, and in half precision it rounds once more;
+        a convolution that was replaced by another module has no kernel to sum.
         """
         return (
             not torch.is_grad_enabled()

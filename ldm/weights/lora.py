@@ -94,7 +94,7 @@ def read_lora(
         partial: leave out what the model lacks, with a note, rather than refuse it.
     Raises ValueError or FileNotFoundError, in one line that names the file.
     """
-    sources = [open_source(file) for file in _files(Path(path))]
+    sources = sources_of(path)
     configs = base_of(sources) if configs is None else dict(configs)
     parts: dict[str, dict[str, Factors]] = {}
     embeddings: dict[str, Tensor] = {}
@@ -148,6 +148,11 @@ def base_of(sources: list[Source]) -> dict[str, Config]:
                 config = find_kind(kind).config
                 return {part: each for part, each in config.parts.items() if part in PREFIXES}
     raise Refusal(sources[0].path, "does not tell which model it is for; give it by --model")
+
+
+def sources_of(path: str | Path) -> list[Source]:
+    """The weight files of a LoRA, opened: one, or in a folder of peft's one a part."""
+    return [open_source(file) for file in _files(Path(path))]
 
 
 def _files(path: Path) -> list[Path]:

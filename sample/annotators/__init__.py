@@ -56,9 +56,9 @@ Option = int | float | str
 def annotate(picture: Image.Image | np.ndarray | Tensor, kind: str, **options: Option) -> Image.Image:
     """The hint of that kind, RGB, of the picture's size.
 
-    picture: a Pillow picture, or one RGB picture as 8-bit array or tensor (H, W, 3). Raises ValueError, in one
-    line: for an unknown kind or option, a value that the kind refuses, a picture of another form, and where a
-    package or weights are missing (FileNotFoundError and ModuleNotFoundError for those of `hed`).
+    picture: a Pillow picture, or one RGB picture as 8-bit array or tensor (H, W, 3). Raises ValueError, in
+    one line: for an unknown kind or option, a value that the kind refuses, a picture of another form, and
+    where a package or weights are missing (FileNotFoundError and ModuleNotFoundError for those of `hed`).
     """
     function, known = function_of(kind), options_of(kind)
     for name in options:
@@ -66,7 +66,7 @@ def annotate(picture: Image.Image | np.ndarray | Tensor, kind: str, **options: O
             raise ValueError(f"{kind} has no option {name!r}; {listed(kind)}")
     seen = as_picture(picture)
     hint = function(seen if KINDS[kind].alpha else to_rgb(seen), **options)
-    assert hint.mode == "RGB" and hint.size == seen.size
+    assert (hint.mode, hint.size) == ("RGB", seen.size)
     return hint
 
 
@@ -90,7 +90,7 @@ def parse_annotator(spec: str) -> Callable[[Image.Image], Image.Image]:
         except ValueError:
             number = "a whole number" if isinstance(known[name], int) else "a number"
             raise ValueError(f"{kind}: {name} must be {number}, got {value!r}") from None
-    return partial(annotate, kind=kind, **options)
+    return partial(annotate, **{"kind": kind, **options})  # type: ignore[arg-type]
 
 
 def function_of(kind: str) -> Callable[..., Image.Image]:

@@ -1,5 +1,5 @@
-"""The colours of ADE20K's 150 classes (Zhou et al. 2017, doi:10.1109/CVPR.2017.544), in the order of its classes:
-the benchmark's own table, which ControlNet's segmentation hints are painted with."""
+"""The colours of ADE20K's 150 classes (Zhou et al. 2017, doi:10.1109/CVPR.2017.544), in the order of the
+classes: the benchmark's own table, which ControlNet's segmentation hints are painted with."""
 
 import numpy as np
 

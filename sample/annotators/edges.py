@@ -1,8 +1,9 @@
 """Edges and straight lines, by OpenCV.
 
-`canny` is the edge detector of Canny 1986 with the thresholds of the original ControlNet's demo; `hough` finds
-straight lines among those edges (probabilistic Hough transform, Matas et al. 2000), `lsd` in the gradients
-themselves (line segment detector, von Gioi et al. 2010, doi:10.1109/TPAMI.2008.300), without thresholds.
+`canny` is the edge detector of Canny 1986 with the thresholds of the original ControlNet's demo; `hough`
+finds straight lines among those edges (probabilistic Hough transform, Matas et al. 2000), `lsd` in the
+gradients themselves (line segment detector, von Gioi et al. 2010, doi:10.1109/TPAMI.2008.300), without
+thresholds.
 """
 
 import math
@@ -25,7 +26,12 @@ def canny(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
 
 
 def hough(
-    picture: Image.Image, low: int = 100, high: int = 200, votes: int = 0, length: float = 0.0, gap: float = 2.0
+    picture: Image.Image,
+    low: int = 100,
+    high: int = 200,
+    votes: int = 0,
+    length: float | int = 0.0,
+    gap: float | int = 2.0,
 ) -> Image.Image:
     """Straight lines, one pixel wide, white on black.
 
@@ -44,7 +50,7 @@ def hough(
     return drawn(found, picture.size)
 
 
-def lsd(picture: Image.Image, length: float = 0.0) -> Image.Image:
+def lsd(picture: Image.Image, length: float | int = 0.0) -> Image.Image:
     """Straight lines, one pixel wide, white on black; both sides of a stroke are lines.
 
     length: of the shortest line (0: an eighth of the picture's shorter side, at least 8).

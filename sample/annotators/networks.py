@@ -1,8 +1,8 @@
 """Depth, normals, meaning, poses and wire frames: by networks of others, from weights on your disk.
 
-`depth`, `normal` and `semantic` read a folder as `transformers` writes it, `pose` and `mlsd` one with the files
-that `controlnet_aux` names (OpenPose's are for non-commercial use only). Nothing is ever downloaded. Both
-packages are in the extra `annotate`.
+`depth`, `normal` and `semantic` read a folder as `transformers` writes it, `pose` and `mlsd` one with the
+files that `controlnet_aux` names (OpenPose's are for non-commercial use only). Nothing is ever downloaded.
+Both packages are in the extra `annotate`.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sample.annotators.ade20k import ADE20K
@@ -29,11 +29,13 @@ def depth(picture: Image.Image, weights: str = "") -> Image.Image:
 
     weights: folder of DPT, Depth Anything or another depth network of `transformers`.
     """
-    return Image.fromarray((nearness(picture, "depth", weights) * 255).round().astype(np.uint8)).convert("RGB")
+    return Image.fromarray((nearness(picture, "depth", weights) * 255).round().astype(np.uint8)).convert(
+        "RGB"
+    )
 
 
 def normal(
-    picture: Image.Image, weights: str = "", relief: float = 1.0, background: float = 0.1
+    picture: Image.Image, weights: str = "", relief: float | int = 1.0, background: float | int = 0.1
 ) -> Image.Image:
     """Which way surfaces face, from their depth, with the signs of the original ControlNet's annotator: red
     grows where the picture comes nearer to the right, green where it does downwards, blue faces the viewer.
@@ -50,7 +52,7 @@ def normal(
 
 
 def normals(
-    near: Float[np.ndarray, "H W"], relief: float = 1.0, background: float = 0.1
+    near: Float[np.ndarray, "H W"], relief: float | int = 1.0, background: float | int = 0.1
 ) -> Float[np.ndarray, "H W 3"]:
     """Unit vectors across a relief, given how near it is, 0 to 1; see `normal`."""
     height = near * (relief * min(near.shape))  # pixels
@@ -96,9 +98,8 @@ def semantic(picture: Image.Image, weights: str = "") -> Image.Image:
     return Image.fromarray((ADE20K if known else voc_colours(model.config.num_labels))[classes])
 
 
-def voc_colours(count: int) -> np.ndarray:
-    """uint8 (count, 3): the bits of a class, least first, go in turn to the highest free bit of red, green and
-    blue."""
+def voc_colours(count: int) -> UInt8[np.ndarray, "K 3"]:
+    """The bits of a class, least first, go in turn to the highest free bit of red, green and blue."""
     colours = np.zeros((count, 3), dtype=np.uint8)
     for index in range(count):
         for bit in range(24):
@@ -116,7 +117,9 @@ def pose(picture: Image.Image, weights: str = "", hands: int = 0, face: int = 0)
     return fitted(detector(picture, include_hand=bool(hands), include_face=bool(face)), picture)
 
 
-def mlsd(picture: Image.Image, weights: str = "", score: float = 0.1, distance: float = 0.1) -> Image.Image:
+def mlsd(
+    picture: Image.Image, weights: str = "", score: float | int = 0.1, distance: float | int = 0.1
+) -> Image.Image:
     """Straight lines, white on black, by M-LSD (Gu et al. 2021, arXiv:2106.00186).
 
     weights: folder with mlsd_large_512_fp32.pth. score, distance: the least that a line must have.

@@ -24,11 +24,10 @@ def silhouette(picture: Image.Image, threshold: int = 0, tolerance: int = 16) ->
             f"silhouette: expected threshold in 0..254 and tolerance in 0..255, got {threshold}, {tolerance}"
         )
     alpha = transparency(picture)
-    if alpha is None:
-        something = ~background(np.asarray(to_rgb(picture)), tolerance)
-    else:
-        something = alpha > threshold
-    return white_on_black(something.astype(np.uint8) * 255)
+    if alpha is not None:
+        return white_on_black((alpha > threshold).astype(np.uint8) * 255)
+    behind = background(np.asarray(to_rgb(picture)), tolerance)
+    return white_on_black((~behind).astype(np.uint8) * 255)
 
 
 def background(pixels: UInt8[np.ndarray, "H W 3"], tolerance: int) -> Bool[np.ndarray, "H W"]:
@@ -93,8 +92,10 @@ def own_palette(picture: Image.Image, count: int) -> UInt8[np.ndarray, "K 3"]:
     return candidates[chosen].astype(np.uint8)
 
 
-def nearest(colours: UInt8[np.ndarray, "N 3"], palette: UInt8[np.ndarray, "K 3"]) -> Integer[np.ndarray, " N"]:
-    """Of each colour the index of the nearest in the palette (Euclid, RGB), the first of equally near ones."""
+def nearest(
+    colours: UInt8[np.ndarray, "N 3"], palette: UInt8[np.ndarray, "K 3"]
+) -> Integer[np.ndarray, " N"]:
+    """Of each colour the index of the nearest in the palette (Euclid, RGB), the first of equally near."""
     best = np.full(len(colours), np.iinfo(np.int64).max)
     index = np.zeros(len(colours), dtype=np.int64)
     for i, entry in enumerate(palette.astype(np.int64)):  # one by one: a photograph has 100,000 colours
@@ -133,5 +134,7 @@ def colours(picture: Image.Image, cells: int = 8) -> Image.Image:
     if cells < 1:
         raise ValueError(f"colours: cells must be at least 1, got {cells}")
     cells = min(cells, *picture.size)
-    grid = tuple(max(1, round(side * cells / min(picture.size))) for side in picture.size)
-    return picture.resize(grid, Image.Resampling.BOX).resize(picture.size, Image.Resampling.NEAREST)
+    width, height = (max(1, round(side * cells / min(picture.size))) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BOX).resize(
+        picture.size, Image.Resampling.NEAREST
+    )

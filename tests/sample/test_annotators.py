@@ -78,7 +78,10 @@ def test_a_straight_border_is_one_line_at_its_place(kind: str) -> None:
 def test_short_lines_are_left_out(kind: str) -> None:
     picture = Image.new("RGB", (64, 64), WHITE)
     picture.paste(BLUE, (10, 20, 60, 32))
-    long, all_of_them = white(annotate(picture, kind, length=30.0)), white(annotate(picture, kind, length=8.0))
+    long, all_of_them = (
+        white(annotate(picture, kind, length=30.0)),
+        white(annotate(picture, kind, length=8.0)),
+    )
     assert long[15:38].any(axis=0)[20:50].all() and not long[24:28].any()  # but not the sides of 12
     assert all_of_them[24:28].any() and (all_of_them | ~long).all()
     assert not white(annotate(Image.new("RGB", (40, 40), RED), kind)).any()
@@ -122,7 +125,9 @@ def test_a_scribble_is_as_wide_as_its_pen(monkeypatch: pytest.MonkeyPatch) -> No
     for width in (1, 5):
         columns_drawn = np.flatnonzero(white(annotate(picture, "scribble", width=width)).all(axis=0))
         assert columns_drawn.tolist() == list(range(60 - width // 2, 61 + width // 2))
-    assert np.flatnonzero(white(annotate(picture, "scribble", width=1, threshold=60)).all(axis=0)).tolist() == [60, 100]
+    assert np.flatnonzero(
+        white(annotate(picture, "scribble", width=1, threshold=60)).all(axis=0)
+    ).tolist() == [60, 100]
     assert white(annotate(picture, "scribble")).any(axis=0).sum() == 3  # 12 at 512 pixels
     half = white(annotate(picture.resize((64, 64)), "scribble", width=4))  # found at 128, drawn at 64
     assert half.any(axis=0).sum() in (4, 5) and half[:, 28:31].all()
@@ -142,9 +147,17 @@ def test_a_drawing_is_the_same_however_it_was_drawn() -> None:
     ink = Image.new("L", (40, 30), 0)
     ImageDraw.Draw(ink).line([(5, 5), (30, 22)], fill=255, width=3)
     expected = np.asarray(ink) > 127
-    for pen, paper in (("black", "white"), ("white", "black"), ("yellow", "white"), ("navy", "white"), ("cyan", "black")):
+    for pen, paper in (
+        ("black", "white"),
+        ("white", "black"),
+        ("yellow", "white"),
+        ("navy", "white"),
+        ("cyan", "black"),
+    ):
         drawn = Image.composite(Image.new("RGB", ink.size, pen), Image.new("RGB", ink.size, paper), ink)
-        np.testing.assert_array_equal(white(annotate(drawn, "drawing")), expected, err_msg=f"{pen} on {paper}")
+        np.testing.assert_array_equal(
+            white(annotate(drawn, "drawing")), expected, err_msg=f"{pen} on {paper}"
+        )
         transparent = Image.new("RGBA", ink.size, pen)
         transparent.putalpha(ink)
         np.testing.assert_array_equal(white(annotate(transparent, "drawing")), expected)
@@ -167,7 +180,10 @@ def test_a_silhouette_is_what_alpha_says() -> None:
     indexed.putpalette([0, 0, 0, 9, 9, 9])
     indexed.paste(0, (0, 0, 3, 4))
     indexed.info["transparency"] = 1
-    assert white(annotate(indexed, "silhouette"))[:, :3].all() and white(annotate(indexed, "silhouette")).sum() == 12
+    assert (
+        white(annotate(indexed, "silhouette"))[:, :3].all()
+        and white(annotate(indexed, "silhouette")).sum() == 12
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
@@ -216,10 +232,16 @@ def test_a_given_palette_and_smoothing() -> None:
     picture.putpixel((4, 4), (10, 10, 90))
     spec = "segments:palette=ff0000+0000ff+#00ff00"
     hint = parse_annotator(spec)(picture)
-    assert hint.getpixel((0, 0)) == (255, 0, 0) and hint.getpixel((15, 5)) == hint.getpixel((4, 4)) == (0, 0, 255)
+    assert hint.getpixel((0, 0)) == (255, 0, 0) and hint.getpixel((15, 5)) == hint.getpixel((4, 4)) == (
+        0,
+        0,
+        255,
+    )
     smoothed = np.asarray(parse_annotator(f"{spec},smooth=3")(picture))
     assert (smoothed[:, :10] == (255, 0, 0)).all() and (smoothed[:, 10:] == (0, 0, 255)).all()
-    np.testing.assert_array_equal(regions.nearest(np.uint8([[4, 0, 0]]), np.uint8([[0, 0, 0], [8, 0, 0]])), [0])
+    np.testing.assert_array_equal(
+        regions.nearest(np.uint8([[4, 0, 0]]), np.uint8([[0, 0, 0], [8, 0, 0]])), [0]
+    )
 
 
 def test_colours_are_means_of_a_grid() -> None:
@@ -253,7 +275,14 @@ def test_any_form_of_a_picture(spec: str) -> None:
     expected = annotator(picture.convert("RGB"))
     deep = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
     pixels = np.array(picture.convert("RGB"))
-    for form in (picture, deep, picture.convert("RGBA"), picture.convert("P"), pixels, torch.from_numpy(pixels)):
+    for form in (
+        picture,
+        deep,
+        picture.convert("RGBA"),
+        picture.convert("P"),
+        pixels,
+        torch.from_numpy(pixels),
+    ):
         np.testing.assert_array_equal(annotator(form), expected)
     hint = pickle.loads(pickle.dumps(annotator))(picture)  # as to the workers of a data loader
     np.testing.assert_array_equal(hint, expected)
@@ -343,6 +372,8 @@ def test_an_unknown_option_and_a_picture_of_no_pixels() -> None:
 
 def test_without_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match=r"needs OpenCV: pip install 'latent-diffusion-from-scratch\[annotate\]'"):
+    with pytest.raises(
+        ValueError, match=r"needs OpenCV: pip install 'latent-diffusion-from-scratch\[annotate\]'"
+    ):
         annotate(disc(), "canny")
     assert annotate(disc(), "segments").size == (64, 64)  # works without

@@ -142,12 +142,9 @@ def test_the_command_is_the_python_call(
     for i, picture in enumerate(expected(pipe, ["a", "b"], controls=controls)):
         assert np.array_equal(pixels(folder / "out" / f"0000{i}.png"), picture)
     assert len(pipe.controlnets) == 2  # two paths
-    assert run(folder / "more", "txt2img", "a", *arguments, "--control-range", "0.5:1") == 0
-    first, second = (replaced for replaced in controls)
-    controls = [
-        Control(net, first.hint, 0.5, 0, 0.5),
-        Control(net, second.hint, 1.0, 0.5, 1),
-    ]
+    both = [*arguments, "--control-range", "0.5:1"]
+    assert run(folder / "more", "txt2img", "a", *both) == 0
+    controls = [Control(net, controls[0].hint, 0.5, 0, 0.5), Control(net, controls[1].hint, 1.0, 0.5, 1)]
     [picture] = expected(pipe, ["a"], controls=controls)
     assert np.array_equal(pixels(folder / "more" / "00000.png"), picture)
 

@@ -49,14 +49,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows.append([name, f"a thing {i}, {style}", f"thing {i}", style, split])
     rows += [[*rows[i][:4], "heldout_image"] for i in range(3)]
     names = ("file_name", "text", "concept", "style", "split")
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
+    (folder / "metadata.jsonl").write_text(
+        "\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows)
+    )
     return folder
 
 
 def options(data: Path, model: Path, out: Path) -> list[str]:
     where = ["--data", data, "--model", model, "--out", out, "--device", "cpu"]
-    how = ["--captions", "11", "--batch", "3", "--steps", "2", "--features", "thumbnails", "--feature-size", "4"]
-    return ["evaluate", *map(str, where), *how]
+    how = "--captions 11 --batch 3 --steps 2 --features thumbnails --feature-size 4"
+    return ["evaluate", *map(str, where), *how.split()]
 
 
 def test_two_processes_measure_what_one_does(data: Path, model: Path, tmp_path: Path) -> None:
@@ -68,10 +70,14 @@ def test_two_processes_measure_what_one_does(data: Path, model: Path, tmp_path: 
         assert main(options(data, model, tmp_path / "one")) == 0
     finally:
         torch.set_num_threads(threads)
-    done = torchrun("--no-python", script(tmp_path, "sample"), *options(data, model, tmp_path / "two"), cwd=tmp_path)
+    done = torchrun(
+        "--no-python", script(tmp_path, "sample"), *options(data, model, tmp_path / "two"), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training captions") == 1
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two"))
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two")
+    )
     assert len(one) == 4 and one.keys() == two.keys()
     assert [name for name in one if one[name] != two[name]] == []
 
@@ -89,7 +95,7 @@ def test_shares_are_whole_batches_in_order(monkeypatch: pytest.MonkeyPatch) -> N
         assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("command", [["txt2img", "a"], ["reconstruct", "--image", "a.png"]])
+@pytest.mark.parametrize("command", [["txt2img", "a"], ["img2img", "a.png", "a"]])
 def test_other_commands_say_that_they_run_in_one_process(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

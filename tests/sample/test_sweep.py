@@ -121,6 +121,27 @@ def test_three_axes_and_several_prompts(model: Path, tmp_path: Path) -> None:
             assert not holds(sheet, pixels(out / other[0]))
 
 
+def test_a_weaker_model_is_loaded_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the check of all cells and for the cells; each picture is the plain command's."""
+    loads: list[str] = []
+    plain = sweep.weaker_of
+
+    def load(args: Any) -> Any:
+        loads.append(args.autoguide)
+        return plain(args)
+
+    monkeypatch.setattr(sweep, "weaker_of", load)
+    axes = {"guidance": [2, 3], "seed": [1, 2]}
+    config = write(tmp_path, model, options={"autoguide": str(model)}, prompts=["a"], axes=axes)
+    out = tmp_path / "out"
+    rows = run(config, out)
+    assert loads == [str(model)]
+    monkeypatch.undo()
+    options = ["--autoguide", str(model), "--guidance", "3", "--seed", "2"]
+    made = by_hand(model, tmp_path / "hand", "txt2img", "a", *options)
+    assert np.array_equal(pixels(out / rows[3]["files"]), made)
+
+
 def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
     """Whether a picture stands somewhere on a sheet, pixel by pixel."""
     height, width = picture.shape[:2]

@@ -21,6 +21,7 @@ from sample.__main__ import main as sample
 from sample.images import to_tensor
 from sample.start import mask_channels, picture_channels, reads
 from train.__main__ import main as train
+from train.ablate import Evaluation, evaluate
 from train.concat import Concat, ConcatConfig, random_masks, smaller
 from train.data import batch_indices
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
@@ -188,6 +189,17 @@ def test_masked_latents_are_a_draw_from_the_posterior(folder, tmp_path):
     noise = torch.randn(posterior.mean.shape, generator=rng)
     latents = task.autoencoder.scale_latents(posterior.mean + posterior.std * noise)
     torch.testing.assert_close(channels_seen(task), inpainting_channels(mask, latents, "inpainting"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_model_is_asked_for_its_errors_by_level(folder, tmp_path, kind):
+    """By `ldm-train ablate`, with channels that a function of the seed makes; other channels, other errors."""
+    assert train(options(folder, tmp_path, kind)) == 0
+    config = load_config(DiffusionTaskConfig, TINY, options(folder, tmp_path, kind)[2:])
+    asked = [Evaluation(levels=(0.5, 2.0), seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (evaluate(tmp_path, config, each) for each in asked)
+    assert set(first) == {"error@0.5", "error@2"} and all(0 < value < 100 for value in first.values())
+    assert first == again != other
 
 
 def test_an_edit_model_reads_the_source_as_instruct_gives_it(folder, tmp_path):

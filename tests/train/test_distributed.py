@@ -22,6 +22,7 @@ from ldm.weights.io import load_weights
 from train.__main__ import main
 from train.distributed import buckets, own_parts, parts_of
 from train.loop import RunConfig
+from train.state import load_state
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -46,7 +47,8 @@ def ends(folder):
 
 
 def state_of(folder, step=12):
-    return load_weights(folder / "states" / f"step-{step:08d}.safetensors")[0]
+    [path] = (folder / "states").glob(f"step-{step:08d}*")
+    return load_state(path)[0]
 
 
 def assert_same_run(a, b, steps=12):

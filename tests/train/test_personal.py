@@ -17,7 +17,7 @@ from train.__main__ import main as train
 from train.loop import make_optimizer, move
 
 KINDS = ("lora", "dreambooth", "textual-inversion")
-PIVOTAL = ['tokens.words={"<toy>": dog}', "tokens.vectors=2", "subject.identifier=<toy>", "lora_text.rank=2"]
+PIVOTAL = ["tokens.words=[<toy>]", "tokens.vectors=2", "subject.identifier=<toy>", "lora_text.rank=2"]
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,10 @@ def test_more_vectors_with_time(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [["flip=0.5", "caption_dropout=0.3"], ["run.accumulate=2", "lora.dropout=0.3"]])
-def test_a_resumed_run_is_an_uninterrupted_one(folder, tmp_path, kind, more):
-    if kind != "lora":
-        more = [each for each in more if not each.startswith("lora")]
-    else:
-        more = [*more, *PIVOTAL, "tokens_until=3", "lora_from=1", *PRIOR]
+def test_a_resumed_run_is_an_uninterrupted_one(folder, tmp_path, kind):
+    more = ["flip=0.5", "caption_dropout=0.3", "run.accumulate=2"]
+    if kind == "lora":
+        more += [*PIVOTAL, "tokens_until=3", "lora_from=1", "lora.dropout=0.3", *PRIOR]
     for out in (tmp_path / "once", tmp_path / "twice"):
         assert train(options(kind, folder, out, *more)) == 0
     (tmp_path / "twice" / "states" / "step-00000004.safetensors").unlink()
@@ -148,7 +146,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(folder, tmp_path, kind, more):
     files = [sorted((tmp_path / out / "model").iterdir()) for out in ("once", "twice")]
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
     assert [file.name for file in files[0]] == [file.name for file in files[1]]
-    assert train([*options(kind, folder, tmp_path / "twice", *more), "--resume"]) == 0  # exports once more
+    if kind == "lora":  # exports once more
+        assert train([*options(kind, folder, tmp_path / "twice", *more), "--resume"]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,13 +155,13 @@ def test_the_subject_is_learned(folder, tmp_path, kind):
     """On the same noise before and after."""
     rate = {"lora": 2e-2, "dreambooth": 2e-3, "textual-inversion": 0.1}[kind]
     text = ["lora_text.rank=4"] if kind == "lora" else []
-    more = ["run.steps=40", f"run.lr={rate}", "run.validate_every=0", "run.checkpoint_every=0", *text]
+    more = ["run.steps=25", f"run.lr={rate}", "run.validate_every=0", "run.checkpoint_every=0", *text]
     task = task_of(kind, folder, tmp_path, *more, "validation_size=32", *["prior.weight=0.0"])
     player = task.players["model"]
     optimizer = make_optimizer(player, task.config.run)
     with torch.no_grad():
         before = task.validate()["subject_loss"]
-    for step in range(40):
+    for step in range(25):
         move("model", player, optimizer, task.config.run, step)
     with torch.no_grad():
         after = task.validate()["subject_loss"]
@@ -193,8 +192,8 @@ def test_the_lora_file_acts_as_the_trained_model_does(folder, tmp_path):
 
 
 def test_the_embedding_file_acts_as_the_trained_word_does(folder, tmp_path):
-    words = 'tokens.words={"<toy>": dog, "<look>": ""}'
-    more = [words, "tokens.vectors=2", 'tokens.counts={"<look>": 3}', "forms=[diffusers,original,webui]"]
+    words = ["tokens.words=[<toy>,<look>]", "tokens.starts=[dog,'']", "tokens.vectors=2"]
+    more = [*words, "tokens.counts.<look>=3", "forms=[diffusers,original,webui]"]
     assert train(options("textual-inversion", folder, tmp_path, *more)) == 0
     model = tmp_path / "model"
     found = read_embeddings(model / "embedding.safetensors").embeddings
@@ -219,9 +218,10 @@ def test_the_logs_name_what_is_measured(folder, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
-    for kind in KINDS:
-        assert train([*options(kind, folder, tmp_path / kind), "--dry-run"]) == 0
-        assert "memory" in capsys.readouterr().out
+    assert train([*options("lora", folder, tmp_path / "out", "lora_text.rank=2", *PRIOR), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "activations of 4 images" in told
+    assert "nothing is written" in told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,9 +231,10 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "more", "told"),
     [
-        ("textual-inversion", ["tokens.words={dog: toy}"], "is a token already"),
-        ("textual-inversion", ['tokens.words={"<toy>": photosynthesis}'], "tokens"),
-        ("textual-inversion", ["tokens.words={}"], "tokens.words"),
+        ("textual-inversion", ["tokens.words=[dog]"], "is a token already"),
+        ("textual-inversion", ["tokens.starts=[photosynthesis]"], "photosynthesis' is 2 tokens"),
+        ("textual-inversion", ["tokens.words=[]"], "tokens.words"),
+        ("textual-inversion", ["tokens.starts=[a,b]"], "tokens.starts has 2 words for 1"),
         ("textual-inversion", ["tokens.vectors=0"], "tokens.vectors 0"),
         ("textual-inversion", ["subject.templates=[a dog]"], "no caption names the new word"),
         ("textual-inversion", ["subject.templates=[own]"], "no caption"),

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from train.state import held, load_newest_state, optimizer_tensors, restore_optimizer, save_state, sweep
+from train.state import held, newest_state, optimizer_tensors, restore_optimizer, save_state, sweep
+
+
+def load_newest_state(folder):
+    """All tensors of the newest whole state, its header and the notes."""
+    saved, notes = newest_state(folder)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved.shapes.items()}
+    saved.read(tensors)
+    return tensors, saved.header, notes
 
 
 def equal(a, b):

@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +154,25 @@ def test_a_set_that_vanishes_in_mid_run(root, tmp_path, capsys, monkeypatch):
     shard.write_bytes(whole)
     assert run(task, root, out, "data.stream=true", "--resume", data=data) == 0
     assert_equal(root / task, out)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_a_stream_needs_less_memory_than_the_set(tmp_path):
+    """5,000 pictures, 184 MB of pixels and moments, with 60 MiB more than what imports take; in memory they fail."""
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "0.tar", "w") as tar:
+        for number in range(5000):
+            content = shape(number % 12)
+            info = tarfile.TarInfo(f"{number:05}.png")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    script, root = Path(__file__).parent / "streamed_memory.py", Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    told = {}
+    for stream in ("true", "false"):
+        command = [sys.executable, str(script), str(tmp_path / "set"), "60", stream]
+        told[stream] = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert told["true"].returncode == 0, told["true"].stderr[-1500:]
+    assert int(told["true"].stdout.split()[-1]) == 5000 * (3 * 64 * 64 + 2 * 4 * 3 * 32 * 32)
+    assert told["false"].returncode != 0
+    assert "memory" in told["false"].stderr.lower()

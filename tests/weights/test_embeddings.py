@@ -192,6 +192,39 @@ def test_what_inspect_says(tmp_path: Path) -> None:
     ]
 
 
+def weights_command(*arguments: object) -> int:
+    from sample.weights import main
+
+    return main(["embedding", *map(str, arguments)])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "a.pt", tmp_path / "b.safetensors"
+    write_embeddings(source, [Embedding("a", THREE.half())], step=40)
+    assert weights_command(source) == 0
+    assert "word      a: 3 vectors of width 768 (Stable Diffusion 1), float16" in capsys.readouterr().out
+    assert weights_command(source, target, "--token", "<cat>") == 0
+    assert capsys.readouterr().out == f"{target}\n"
+    assert only(target).token == "<cat>"
+    assert torch.equal(only(target).vectors, THREE.half())
+    assert read_embeddings(target).notes == {"step": 40}
+    assert weights_command(target, tmp_path / "c.safetensors", "--to", "webui") == 0
+    assert only(tmp_path / "c.safetensors").token == "c"
+    for arguments, message in [
+        ((source, target), "b.safetensors exists already"),
+        ((source, "--to", "webui"), "--to and --token are for writing"),
+        ((source, tmp_path / "d.pt", "--to", "lora"), "cannot be written as 'lora' with suffix '.pt'"),
+        ((tmp_path / "none.pt",), "does not exist"),
+    ]:
+        capsys.readouterr()
+        assert weights_command(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("ldm-weights: error: ")
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "d.pt").exists()
+
+
 # Mistakes
 
 

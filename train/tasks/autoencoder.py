@@ -9,6 +9,7 @@ diffusion model have zero mean and unit variance); in the VQ form they are 1 and
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from train.buckets import bucket_shapes
 from train.captions import data_key
 from train.data import DataConfig, to_float
 from train.distributed import parts_of
+from train.given import fingerprint
 from train.loop import Player, RunConfig
 from train.reading import Ahead
 from train.recompute import recompute_blocks
@@ -154,6 +156,12 @@ class AutoencoderTask:
             beside["loss"] = nn.ParameterDict({"logvar": self.logvar})
         # Alone it keeps its own names, so that states written before there were such options go on
         return nn.ModuleDict({"autoencoder": self.model, **beside}) if beside else self.model
+
+    @cached_property
+    def given(self) -> dict[str, str]:
+        """Hashes of the files that are read and not trained, by their keys (`given.py`)."""
+        judged = self.config.loss.perceptual_weight > 0
+        return {"loss.perceptual_weights": fingerprint(self.perceptual)} if judged else {}
 
     def batch(self, step: int, part: int) -> Tensor:
         """Images (b, 3, H, W) in [-1, 1] of one part of the batch of `step`."""

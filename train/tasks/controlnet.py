@@ -145,13 +145,17 @@ class ControlNetTask(OnModelTask):
             return super().validate()
         _, hints, made, plain = self._sampled(self.config.controlled, plain=self.uncontrolled is None)
         annotator = self.config.hints.annotators[0]
+
+        def errors(images: Tensor) -> dict[str, float]:
+            found = control_errors(hints, images, annotator)
+            return {name: float(values.mean()) for name, values in found.items()}
+
         if plain is not None:
-            self.uncontrolled = control_errors(hints, plain, annotator)
+            self.uncontrolled = errors(plain)
         assert self.uncontrolled is not None
-        errors = control_errors(hints, made, annotator)
         return {
             **super().validate(),
-            **{f"control_{name}": error for name, error in errors.items()},
+            **{f"control_{name}": error for name, error in errors(made).items()},
             **{f"uncontrolled_{name}": error for name, error in self.uncontrolled.items()},
         }
 

@@ -31,7 +31,7 @@ class TextualInversionTaskConfig(PersonalConfig):
         super().__post_init__()
         check_forms(self.forms)
         if not self.tokens.words:
-            raise ValueError('tokens.words is empty; give a new word and where it starts, {"<toy>": "toy"}')
+            raise ValueError('tokens.words is empty; give a new word, such as ["<toy>"]')
         if self.run.parallel == "fsdp":
             raise ValueError("what textual inversion trains is small: run.parallel=ddp")
 
