@@ -48,6 +48,19 @@ def make_parser(name: str, description: str, rounds: int) -> Parser:
     return parser
 
 
+def add_kinds(parser: Parser) -> None:
+    """Options on which kinds of a side are measured, and whether their memory is."""
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16"],
+        help="number formats; bfloat16 is autocast (both)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compiled ones too (both)")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+
+
 def start(args: argparse.Namespace) -> None:
     """Check and apply the common options. Raises ValueError in one line."""
     if args.quick:

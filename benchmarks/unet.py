@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import (
     Row,
+    add_kinds,
     alternate,
     execute,
     in_fresh_process,
@@ -256,17 +257,9 @@ def options() -> argparse.ArgumentParser:
     parser = make_parser("unet", "Our UNet beside diffusers' on equal weights.", rounds=10)
     parser.add_argument("--size", default="emoji", choices=["emoji", "sd15"], help="which UNet (%(default)s)")
     parser.add_argument(
-        "--precision",
-        nargs="+",
-        default=["float32", "bfloat16"],
-        choices=["float32", "bfloat16"],
-        help="number formats; bfloat16 is autocast (both)",
-    )
-    parser.add_argument(
         "--layout", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="memory layouts (both)"
     )
-    parser.add_argument("--compile", action="store_true", help="compiled calls too (both)")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    add_kinds(parser)
     return parser
 
 

@@ -73,9 +73,8 @@ def versions() -> dict[str, str]:
 
 def tell_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say on stderr why a picture made again may not be the same, where nobody asked for the difference."""
-    told = ["versions", "init_hash", "mask_hash", "depth_hash", "embedding_hashes", "lora_hashes"] + ["weights"] * (
-        recorded.get("model") == now["model"]
-    )
+    told = ["versions", "init_hash", "mask_hash", "depth_hash", "embedding_hashes", "lora_hashes"]
+    told += ["weights"] * (recorded.get("model") == now["model"])
     for name in told:
         was, now_is = recorded.get(name), now.get(name)
         if was is not None and was != now_is:

@@ -14,6 +14,17 @@ from ldm.models.unet import UNet
 from train.tasks.autoencoder import AutoencoderTaskConfig
 from train.tasks.controlnet import ControlNetTaskConfig
 from train.tasks.diffusion import DiffusionTaskConfig
+from train.tasks.dreambooth import DreamBoothTaskConfig
+from train.tasks.lora import LoRATaskConfig
+from train.tasks.textual_inversion import TextualInversionTaskConfig
+
+# By a key that the others' shipped files have not
+PERSONAL = {
+    "lora": LoRATaskConfig,
+    "lora_text": LoRATaskConfig,
+    "tokens": TextualInversionTaskConfig,
+    "prior": DreamBoothTaskConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,10 @@ def test_every_shipped_training_config_builds(name):
         if "unet" in keys:
             config = load_config(DiffusionTaskConfig, find_config(name))
             networks = [UNet(config.unet), *([TextEncoder(config.text)] if config.text else [])]
+        elif "subject" in keys:
+            cls = next(cls for key, cls in PERSONAL.items() if key in keys)
+            assert load_config(cls, find_config(name)).model
+            networks = []
         elif "hints" in keys or "controlled" in keys:
             assert load_config(ControlNetTaskConfig, find_config(name)).model
             networks = []

@@ -137,7 +137,7 @@ def run_training(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from train.curves import write_report
+    from train.report_page import write_report
 
     for note in write_report([Path(folder) for folder in args.runs], Path(args.out)):
         print(note, file=sys.stderr)

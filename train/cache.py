@@ -44,7 +44,9 @@ def cached_moments(
         device = next(autoencoder.parameters()).device
         config, factor = autoencoder.config, autoencoder.factor
         shape = (len(pixels), config.latent_channels, pixels.shape[2] // factor, pixels.shape[3] // factor)
-        with growing(path, {"mean": shape, "std": shape}) as append:
+        # In full precision whoever asks: in one process the first step does, inside its mixed precision.
+        full = torch.autocast(device.type, enabled=False)
+        with full, growing(path, {"mean": shape, "std": shape}) as append:
             for part in tqdm(pixels.split(64), desc=f"encoding {name} images", unit="batch", leave=False):
                 posterior = autoencoder.encode(to_float(part).to(device))
                 append["mean"](posterior.mean)

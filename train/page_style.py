@@ -1,4 +1,4 @@
-"""Colours and CSS of the page that `curves.py` makes."""
+"""Colours and CSS of the page that `report_page.py` makes."""
 
 from collections.abc import Sequence
 

@@ -1,10 +1,12 @@
-"""What the tasks share that teach a model a new thing from a few pictures: textual inversion, DreamBooth, LoRA.
+"""What the tasks share that teach a model a new thing from a few pictures: textual inversion, DreamBooth,
+LoRA.
 
-They differ in what is trained (`_networks`) and in what a finished run writes. The few pictures, their captions
-(`subject.py`), the class's pictures (`prior.py`), the loss and its validation are here.
+They differ in what is trained (`_networks`) and in what a finished run writes. The few pictures, their
+captions (`subject.py`), the class's pictures (`prior.py`), the loss and its validation are here.
 
-A step: pictures, maybe flipped -> latents; a caption for each, drawn -> tower -> UNet -> loss. Where nothing that
-is trained stands in the tower, what it makes of the captions, which are finitely many, is computed once.
+A step: pictures, maybe flipped -> latents; a caption for each, drawn -> tower -> UNet -> loss. Where
+nothing that is trained stands in the tower, what it makes of the captions, which are finitely many, is
+computed once.
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,11 +42,11 @@ from train.subject import Captions, SubjectConfig
 class PersonalConfig:
     """What the three commands have in common.
 
-    data: the folder of pictures, all of which are trained on but those of another "split" in metadata.jsonl; one
-    that cannot be read is an error. model: as `ldm-sample --model` takes it. subject: see `SubjectConfig`.
-    prior: see `PriorConfig`. flip: how often a picture is mirrored. validation_size: how many noisy pictures the
-    losses of validation are of: of the subject (fixed noise on the same pictures), of the class, of held-out ones.
-    The rest as in `tasks/diffusion.py`.
+    data: the folder of pictures, all of which are trained on but those of another "split" in
+    metadata.jsonl; one that cannot be read is an error. model: as `ldm-sample --model` takes it. subject:
+    see `SubjectConfig`. prior: see `PriorConfig`. flip: how often a picture is mirrored. validation_size:
+    how many noisy pictures the losses of validation are of: of the subject (fixed noise on the same
+    pictures), of the class, of held-out ones. The rest as in `tasks/diffusion.py`.
     """
 
     data: DataConfig
@@ -71,7 +73,7 @@ class PersonalConfig:
 
 
 class PersonalTask(OnModelTask):
-    """A task says by `_networks` what is trained, and whether the tower's output changes with it (`tower_moves`)."""
+    """`_networks` says what is trained, `tower_moves` whether the tower gives other numbers then."""
 
     config: PersonalConfig
     tower_moves: bool = False
@@ -87,7 +89,9 @@ class PersonalTask(OnModelTask):
             )
         parts, self.class_batch = parts_of(config.run.accumulate), config.prior.batch or config.run.batch
         if config.prior.on and self.class_batch % parts:
-            raise ValueError(f"prior.batch {self.class_batch} must be a multiple of the {parts} parts of a batch")
+            raise ValueError(
+                f"prior.batch {self.class_batch} must be a multiple of the {parts} parts of a batch"
+            )
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         networks = self._networks()
         images = self.images
@@ -161,13 +165,14 @@ class PersonalTask(OnModelTask):
     def class_set(self) -> tuple[LatentSet, list[str]]:
         """Latents of the class's pictures and what these are called, made when they are first asked for."""
         config, cache = self.config, Path(self.config.run.out) / "cache"
-        how = (config.data, cache, config.model, self.model_hash, config.run.device)
+        how = (config.data.size, cache, config.model, self.model_hash, config.run.device)
         pixels, captions = class_pictures(config.prior, self.class_prompts, *how)
         if not self.tower_moves and (new := set(captions) - {*self.captions.all, *self.class_prompts}):
             assert config.prior.path, "made pictures are called by their prompts"
             self.read_once([*self.captions.all, *self.class_prompts, *sorted(new)])
         first_then_others(lambda: bucketed.moments(cache, "class", pixels, self.autoencoder))
-        return LatentSet(*bucketed.moments(cache, "class", pixels, self.autoencoder), None, None), captions
+        mean, std = bucketed.moments(cache, "class", pixels, self.autoencoder)
+        return LatentSet(mean, std, None, None), captions
 
     def _class_rows(self, step: int, part: int) -> Tensor:
         run = self.config.run
@@ -186,7 +191,9 @@ class PersonalTask(OnModelTask):
         chance = torch.rand(len(rows), generator=generator(self.config.run.seed, "flip", *key))
         return rows + len(self.images) * (chance < self.config.flip)
 
-    def _told_of(self, captions: list[str], data: LatentSet, rows: Tensor, *key: int | str) -> dict[str, Tensor]:
+    def _told_of(
+        self, captions: list[str], data: LatentSet, rows: Tensor, *key: int | str
+    ) -> dict[str, Tensor]:
         """What the network is told of pictures with these captions; in training, some without theirs."""
         ids = None if self.read is None else self.read(captions)
         if ids is not None and self.empty is not None and key[0] == "train":
@@ -233,7 +240,7 @@ class PersonalTask(OnModelTask):
         return found
 
     def _fixed_loss(self, name: str, data: LatentSet, captions: list[str], count: int) -> dict[str, float]:
-        """`{name}_loss`: the mean over `validation_size` noisy pictures, in turn, with the same noise each time."""
+        """`{name}_loss`: the mean over `validation_size` noisy pictures, the same ones each time."""
         losses = []
         for at, numbers in enumerate(torch.arange(self.config.validation_size).split(16)):
             rows = numbers % count

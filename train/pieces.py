@@ -89,9 +89,13 @@ def open_pieces(path: Path) -> tuple[Shapes, dict[str, Any], Callable[[Mapping[s
 
     def read(into: Mapping[str, Tensor]) -> None:
         from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.api import CheckpointException
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that each process reads for itself
-            load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that each process reads for itself
+                load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        except CheckpointException as error:
+            raise Refusal(path, f"cannot be read: {first_failure(error.failures)!r}") from error
 
     return shapes, header, read

@@ -14,9 +14,9 @@ from train.rehearsal import activations
 def plan(task: Task) -> str:
     """What training `task` would take and write: parameters, memory, steps, files; touches nothing.
 
-    The memory is that of weights, gradients, optimiser and moving average, of what a pass through the
-    networks keeps for its gradients (`rehearsal.py`), and of the pictures; Python and the libraries, a few
-    hundred megabytes, come on top.
+    The memory is that of weights, gradients, optimiser and moving average, and the most that a pass through
+    the networks needs (`rehearsal.py`). It is a little too much where each step has one pass, as gradients
+    then come while activations go; Python, libraries and pictures, a few hundred megabytes, come on top.
     """
     run: RunConfig = task.config.run
     players = task.players
@@ -35,7 +35,7 @@ def plan(task: Task) -> str:
     at_once = run.batch // parts_of(run.accumulate)
     passes, more = activations(task, at_once), f"; activations of {at_once} images on top"
     if passes is not None:
-        parts[f"activations of {at_once} images"], more = passes, "; Python and libraries on top"
+        parts[f"activations of {at_once} images"], more = passes, "; Python, libraries and pictures on top"
     lines = [
         f"{name}: {sum(p.numel() for p in player.parameters.values()):,} parameters to train"
         for name, player in players.items()

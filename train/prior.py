@@ -1,16 +1,19 @@
-"""Prior preservation (DreamBooth, Ruiz et al. 2023, arXiv:2208.12242, section 3.3): pictures of the class that the
-model itself makes before it is taught, shown again in every step, so that it does not forget the class.
+"""Prior preservation (DreamBooth, Ruiz et al. 2023, arXiv:2208.12242, section 3.3): pictures of the class
+that the model itself makes before it is taught, shown again in every step, so that it does not forget the
+class.
 
     L = mean of the subject's losses + weight * mean of the class's losses        normalisation "sum"
     L = (sum of the subject's + weight * sum of the class's) / number of both     normalisation "mean"
 
-Paper, XavierXiao's code and diffusers have the first, kohya's scripts the second. The pictures are made once, by
-all processes of a job, and kept in the run folder's cache; a function of model, prompts and settings.
+Paper, XavierXiao's code and diffusers have the first, kohya's scripts the second. The pictures are made
+once, by all processes of a job, and kept in the run folder's cache; a function of model, prompts and
+settings.
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -29,11 +32,11 @@ AT_ONCE = 8  # pictures; the same batches whatever the number of processes
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """weight: of the class's loss; 0 is without prior preservation.
-    count: how many pictures of the class. batch: how many a step sees, of all processes together; 0 is as many as
-    of the subject. normalisation: "sum" or "mean", see above.
-    path: a folder of such pictures, instead of making them. prompts: what they are called, in turn; empty says it
-    by the subject's templates with its noun alone. seed, steps, guidance, sampler: of making them.
+    """weight: of the class's loss; 0 is without prior preservation. count: how many pictures of the class.
+    batch: how many a step sees, of all processes together; 0 is as many as of the subject. normalisation:
+    "sum" or "mean", see above. path: a folder of such pictures, instead of making them. prompts: what they
+    are called, in turn; empty says it by the subject's templates with its noun alone. seed, steps,
+    guidance, sampler: of making them.
     """
 
     weight: float = 0.0
@@ -73,23 +76,29 @@ def combined(
 
 
 def class_pictures(
-    config: PriorConfig, prompts: list[str], data: DataConfig, cache: Path, model: str, model_hash: str, device: str
+    config: PriorConfig,
+    prompts: list[str],
+    size: int,
+    cache: Path,
+    model: str,
+    model_hash: str,
+    device: str,
 ) -> tuple[UInt8[Tensor, "N 3 H W"], list[str]]:
-    """Pictures of the class, `data.size` large, and their captions. All processes must ask together.
+    """Pictures of the class, `size` large, and their captions. All processes must ask together.
 
     Raises ValueError for a folder without pictures, and for one that cannot be read.
     """
     if config.path:
-        given = load_images(DataConfig(config.path, data.size, strict=True, heldout=0.0))
+        given = load_images(DataConfig(config.path, size, strict=True, heldout=0.0))
         named = [caption or prompts[i % len(prompts)] for i, caption in enumerate(given.captions)]
         return given.pixels[: config.count], named[: config.count]
-    told = (model_hash, prompts, data.size, config.seed, config.steps, config.guidance, config.sampler)
+    told = (model_hash, prompts, size, config.seed, config.steps, config.guidance, config.sampler)
     folder = cache / f"class-{hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()}"
     files = [folder / f"{number:05d}.png" for number in range(config.count)]
     captions = [prompts[number % len(prompts)] for number in range(config.count)]
     with together():
-        make_missing(config, captions, data.size, files, model, device)
-    return torch.stack([read_image(file, data.size) for file in files]), captions
+        make_missing(config, captions, size, files, model, device)
+    return torch.stack([read_image(file, size) for file in files]), captions
 
 
 def make_missing(
@@ -101,13 +110,15 @@ def make_missing(
     missing = [batch for batch in batches if not all(files[number].is_file() for number in batch)]
     if not missing:
         return
-    how = {"seed": config.seed, "steps": config.steps, "guidance": config.guidance, "sampler": config.sampler}
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("seed", "steps", "guidance", "sampler")}
     kind = pick_device(device).type
     # A model of its own, as the one in training may have changed; and no draw of training is another for it
     with torch.random.fork_rng([]), torch.autocast(kind, enabled=False), torch.no_grad():
         base = Pipeline.load(model, device=device)
-        for batch in tqdm(missing, desc="making class pictures", unit="batch", disable=not is_first(), leave=False):
+        bar = tqdm(missing, "making class pictures", unit="batch", disable=not is_first(), leave=False)
+        for batch in bar:
             prompts = [captions[number] for number in batch]
             made = base.txt2img(prompts, first=batch.start, batch=AT_ONCE, size=(size, size), **how)
             for number, picture in zip(batch, to_pil(made), strict=True):
-                save_png(picture, files[number], {"prompt": captions[number], "model": model, **how, "image": number})
+                told = {"prompt": captions[number], "model": model, **how, "image": number}
+                save_png(picture, files[number], told)

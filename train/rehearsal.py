@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ldm.device import DTYPES
-from train.distributed import parts_of
 from train.loop import Task
 
 
@@ -62,8 +61,8 @@ class Live(TorchDispatchMode):
 
 
 def activations(task: Task, images: int) -> int | None:
-    """Bytes that a step's passes of `images` images need at most, their gradients' not among them; None where
-    the task cannot say. `task` stays as it is."""
+    """Bytes that a step's passes of `images` images need at most besides weights and gradients; None where the
+    task cannot say. `task` stays as it is."""
     if not isinstance(task, Rehearsed):
         return None
     return max(passed(task, name, images) for name in task.players)
@@ -73,14 +72,16 @@ def passed(task: Any, name: str, images: int) -> int:
     """`activations` of one player."""
     run, device, player = task.config.run, task.device, task.players[name]
     modules = [value for value in vars(task).values() if isinstance(value, nn.Module)]
-    with FakeTensorMode() as mode, faked([*modules, player.module], mode) as weights, Live(weights) as live:
-        for _ in range(min(parts_of(run.accumulate), 2)):  # the second meets the gradients of the first
+    with FakeTensorMode() as mode, faked([*modules, player.module], mode) as weights:
+        for parameter in player.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+                weights.append(parameter.grad)
+        with Live(weights) as live:
             with torch.autocast(device.type, dtype=DTYPES[run.precision], enabled=run.precision != "float32"):
                 loss = task.rehearse(name, images)
             loss.backward()
-            del loss
-        gradients = [p.grad.nbytes for p in player.module.parameters() if p.grad is not None]
-        return live.peak - sum(gradients)
+        return live.peak
 
 
 @contextmanager

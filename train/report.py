@@ -1,5 +1,5 @@
 """What a run says while it trains: a progress bar on the terminal, one JSON line a report in `log.jsonl`,
-by option for TensorBoard as well. `curves.py` draws the log.
+by option for TensorBoard as well. `report_page.py` shows the log.
 """
 
 import json

@@ -24,7 +24,13 @@ from ldm.distributed import is_first, world_size
 from train.recompute import BLOCKS
 
 if TYPE_CHECKING:
-    from train.loop import Task
+    from train.loop import RunConfig, Task
+
+
+def building_device(run: "RunConfig") -> torch.device:
+    """Where a network is built: one that will be cut up on the CPU, as it may not fit where it will run."""
+    in_pieces = run.parallel == "fsdp" and world_size() > 1
+    return torch.device("cpu") if in_pieces else pick_device(run.device)
 
 
 def shard(network: nn.Module, device: torch.device) -> None:

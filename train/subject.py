@@ -1,9 +1,9 @@
 """What the few pictures of a subject are called while a model learns it.
 
-A caption is a template with the subject's name in place of `{}`: templates of objects or styles as in textual
-inversion (Gal et al. 2022, arXiv:2208.01618), "a photo of a {}" with a rare identifier and the noun of its
-class as in DreamBooth (Ruiz et al. 2023, arXiv:2208.12242, section 3.1), or each picture's own caption. Used by
-`personal.py`.
+A caption is a template with the subject's name in place of `{}`: templates of objects or styles as in
+textual inversion (Gal et al. 2022, arXiv:2208.01618), "a photo of a {}" with a rare identifier and the noun
+of its class as in DreamBooth (Ruiz et al. 2023, arXiv:2208.12242, section 3.1), or each picture's own
+caption. Used by `personal.py`.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ LISTS = {"object": OBJECT, "style": STYLE}
 
 @dataclass(frozen=True)
 class SubjectConfig:
-    """templates: texts with `{}` for the subject's name, or without, then as they are; "object" and "style" are
-    the lists of `templates.py`, "own" is the picture's caption in metadata.jsonl or a .txt file beside it.
-    Of several, each step draws one for each picture.
-    identifier: the rare or new word. noun: of its class; `{}` is both, and the noun alone for pictures of the
-    class (`prior.py`). identifiers: by concept, where the pictures show several: a picture's concept is its
-    column "concept", or the folder it stands in.
+    """templates: texts with `{}` for the subject's name, or without, then as they are; "object" and "style"
+    are the lists of `templates.py`, "own" is the picture's caption in metadata.jsonl or a .txt file beside
+    it. Of several, each step draws one for each picture. identifier: the rare or new word. noun: of its
+    class; `{}` is both, and the noun alone for pictures of the class (`prior.py`). identifiers: by concept,
+    where the pictures show several: a picture's concept is its column "concept", or the folder it stands
+    in.
     """
 
     templates: tuple[str, ...] = ("a photo of a {}",)
@@ -37,7 +37,9 @@ class SubjectConfig:
 
     def __post_init__(self) -> None:
         if not self.templates:
-            raise ValueError('subject.templates is empty; give "own", "object", "style" or a text such as "a {}"')
+            raise ValueError(
+                'subject.templates is empty; give "own", "object", "style" or a text such as "a {}"'
+            )
 
     def texts(self) -> list[str]:
         """All templates, the lists written out, "own" as it is."""
@@ -47,8 +49,8 @@ class SubjectConfig:
 class Captions:
     """The captions that each picture of a set may get; as many for each, in the order of the templates.
 
-    captions, concepts, files: of the pictures. identifier: where the configuration names none.
-    Raises ValueError for a template without a name to fill it, and a picture without what a template asks for.
+    captions, concepts, files: of the pictures. identifier: where the configuration names none. Raises
+    ValueError for a template without a name to fill it, and a picture without what a template asks for.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Captions:
             name = self._identifier(concept, file) if config.identifiers else self.identifier
             if OWN in self.texts and not caption.strip():
                 raise ValueError(
-                    f"{file}: no caption (metadata.jsonl, or a .txt beside it), but subject.templates has 'own'"
+                    f"{file}: no caption (metadata.jsonl, or a .txt beside it); subject.templates has 'own'"
                 )
             self.choices.append([filled(text, caption, f"{name} {config.noun}") for text in self.texts])
 
@@ -98,11 +100,11 @@ class Captions:
         """The same sentences of the class alone. Raises ValueError where that is nothing else."""
         noun = self.config.noun
         own = [caption for caption in dict.fromkeys(self.own) if caption] if OWN in self.texts else [""]
-        told = [filled(text, caption, noun) for text in self.texts for caption in own]
-        if not noun or set(told) & set(self.all):
+        told = [filled(text, caption, noun) for text in self.texts for caption in own] if noun else []
+        if not told or set(told) & set(self.all):
             raise ValueError(
-                "what pictures of the class are called is not known: give subject.noun and {} in every template, "
-                "or prior.prompts"
+                "what pictures of the class are called is not known: give subject.noun and {} in every "
+                "template, or prior.prompts"
             )
         return list(dict.fromkeys(told))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ldm.models.clip import TextEncoder
 from ldm.models.textual_inversion import TextualInversion, initial_vectors, textual_inversion
+from ldm.models.tokenizer import Tokenizer
 from ldm.seeding import generator
 from ldm.weights.embeddings import FORMS, Embedding, write_embeddings
 from sample.pipeline import Pipeline
@@ -22,9 +23,9 @@ from sample.pipeline import Pipeline
 @dataclass(frozen=True)
 class TokensConfig:
     """words: the new words. starts: for each the word whose vector it starts from ("toy"), or "" for random
-    values; one is for all, none is at random. vectors: how many a word has. counts: of words that have another
-    number. one_more_every: start with one vector a word and use one more every so many steps; 0 uses all from the
-    start.
+    values; one is for all, none is at random. vectors: how many a word has. counts: of words that have
+    another number. one_more_every: start with one vector a word and use one more every so many steps; 0
+    uses all from the start.
     """
 
     words: tuple[str, ...] = ()
@@ -41,8 +42,8 @@ class TokensConfig:
             )
         if len(self.starts) not in (0, 1, len(self.words)):
             raise ValueError(
-                f"tokens.starts has {len(self.starts)} words for {len(self.words)} of tokens.words; give one a word, "
-                "one for all or none"
+                f"tokens.starts has {len(self.starts)} words for {len(self.words)} of tokens.words; give one "
+                "a word, one for all or none"
             )
         if unknown := [word for word in self.counts if word not in self.words]:
             raise ValueError(
@@ -70,7 +71,7 @@ class NewWords:
         starts = config.starts if len(config.starts) > 1 else (*config.starts, "")[:1] * len(config.words)
         for word, start in zip(config.words, starts, strict=True):
             count = config.counts.get(word, config.vectors)
-            self.module.add(word, first_vectors(base, word, start, count, seed))
+            self.module.add(word, first_vectors(base.text_encoder, base.tokenizer, word, start, count, seed))
         self.initial = [rows.detach().clone() for rows in self.module.rows]
 
     def require_named(self, captions: Sequence[str]) -> None:
@@ -103,7 +104,7 @@ class NewWords:
         ]
 
     def export(self, folder: Path, forms: Sequence[str], step: int) -> None:
-        """Write files for `ldm-sample --embedding`: one for all words, or one a word where a form holds one."""
+        """Write files for `ldm-sample --embedding`: one for all words, or one a word as the form has it."""
         for form in forms:
             if form == "diffusers":
                 write_embeddings(folder / "embedding.safetensors", self.embeddings, form)
@@ -115,14 +116,16 @@ class NewWords:
                 write_embeddings(path, [each], form, step)
 
 
-def first_vectors(base: Pipeline, word: str, start: str, count: int, seed: int) -> Float[Tensor, "V D"]:
+def first_vectors(
+    tower: TextEncoder, tokenizer: Tokenizer, word: str, start: str, count: int, seed: int
+) -> Float[Tensor, "V D"]:
     """What a new word's training starts from: a known word's vector `count` times, or random ones as large as
     those of the vocabulary are."""
     if start:
-        return initial_vectors(base.text_encoder, base.tokenizer, start, count)
+        return initial_vectors(tower, tokenizer, start, count)
     if count < 1:
         raise ValueError(f"a new word needs at least one vector, got {count}")
-    table = base.text_encoder.token_embedding.weight.detach().float()
+    table = tower.token_embedding.weight.detach().float()
     noise = torch.randn(count, table.shape[1], generator=generator(seed, "new word", word))
     return table.mean(dim=0) + table.std(dim=0) * noise.to(table)
 

@@ -12,6 +12,7 @@ dict does not show adapters (a file of a LoRA is a file of its own), `parameters
 see change.
 """
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Iterator, Sequence
@@ -196,9 +197,12 @@ def targeted(module: nn.Module, targets: Sequence[str]) -> list[str]:
             if fnmatch.fnmatchcase(f".{name}" if pattern.startswith("*.") else name, pattern)
         }
         if not fitting and target not in TARGETS:
+            ends = {f"*.{name.rpartition('.')[2]}" for name in layers}
+            near = difflib.get_close_matches(target, [*TARGETS, *sorted(ends), *layers], n=3, cutoff=0.5)
             raise ValueError(
-                f"LoRA target {target!r} is no layer of {type(module).__name__}; known: {', '.join(TARGETS)}"
-                f", and patterns of names such as {next(iter(layers), 'none')}"
+                f"LoRA target {target!r} is no layer of {type(module).__name__}; near it: "
+                f"{', '.join(near) or 'nothing'}; known: {', '.join(TARGETS)}, and patterns of names such as "
+                f"{next(iter(layers), 'none')}"
             )
         chosen |= fitting
     if not chosen:

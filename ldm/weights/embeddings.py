@@ -115,8 +115,8 @@ def convert(source: str | Path, path: str | Path, form: str | None = None, token
     if path.exists():
         raise Refusal(path, "exists already; choose another name, or remove it")
     found = read_embeddings(source, token)
-    step = found.notes.get("step")
-    write_embeddings(path, found.embeddings, form, int(step) if str(step).isdecimal() else None)
+    step = str(found.notes.get("step"))
+    write_embeddings(path, found.embeddings, form, int(step) if step.isdecimal() else None)
     return path
 
 

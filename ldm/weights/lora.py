@@ -107,9 +107,13 @@ def read_lora(
         embeddings |= _embeddings(source, tensors)
         pairs = _pairs(source, {name: t for name, t in tensors.items() if name not in embeddings}, configs)
         notes += _place(source, pairs, configs, parts, partial)
-    return LoRAFile(
-        Path(path), form_of(sources[0]), dict(parts), embeddings, sources[0].metadata, tuple(notes)
-    )
+    ordered: dict[str, LoRAWeights] = {  # as the networks have them, whatever the file's order
+        part: {layer: parts[part][layer] for layer in layers(config) if layer in parts[part]}
+        for part, config in configs.items()
+        if part in parts
+    }
+    metadata = sources[0].metadata
+    return LoRAFile(Path(path), form_of(sources[0]), ordered, embeddings, metadata, tuple(notes))
 
 
 def form_of(source: Source) -> str:

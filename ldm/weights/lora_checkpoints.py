@@ -3,8 +3,8 @@
     merged(checkpoint, [(lora, 0.8)])   a checkpoint whose weights are W + scale dW, computed when it is read
     difference(base, tuned, rank=16)    the LoRA of what a fine-tuned checkpoint adds to its base
 
-Both know checkpoints as `reading.py` opens them, whatever their form; `writing.convert` and `write_lora` write
-the result. Used by `ldm-weights lora`.
+Both know checkpoints as `reading.py` opens them, whatever their form; `writing.convert` and `write_lora`
+write the result. Used by `ldm-weights lora`.
 """
 
 from collections.abc import Sequence

@@ -205,7 +205,7 @@ def test_ids_of_a_prompt() -> None:
     ],
 )
 def test_what_cannot_be_added(token: str, vectors: Tensor, message: str) -> None:
-    encoder, tokenizer, inversion = new_words(cat=1)
+    _, tokenizer, inversion = new_words(cat=1)
     with pytest.raises(ValueError, match=message) as raised:
         inversion.add(token, vectors)
     assert "\n" not in str(raised.value)

@@ -200,6 +200,15 @@ def test_a_silhouette_without_alpha_is_all_but_the_background(mode: str) -> None
     assert white(annotate(picture.convert(mode), "silhouette", tolerance=10))[5, 0]
 
 
+def test_a_thin_outline_keeps_the_background_out() -> None:
+    """A rhombus of pixels that touch at their corners only; what is in it belongs to it."""
+    rows, columns = np.mgrid[-12:13, -12:13]
+    pixels = np.where((abs(rows) + abs(columns) == 8)[..., None], np.uint8(RED), np.uint8(WHITE))
+    np.testing.assert_array_equal(
+        white(annotate(Image.fromarray(pixels), "silhouette")), abs(rows) + abs(columns) <= 8
+    )
+
+
 def test_a_picture_of_three_colours_is_its_own_segments() -> None:
     picture = disc(12)
     picture.paste(BLUE, (0, 0, 64, 8))

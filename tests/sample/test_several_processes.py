@@ -32,7 +32,7 @@ def torchrun(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = [*launcher, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, timeout=200
+        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, timeout=600
     )
 
 
@@ -106,3 +106,13 @@ def test_other_commands_say_that_they_run_in_one_process(
     told = capsys.readouterr().err
     assert told.startswith(f"ldm-sample: error: {command[0]} runs in one process, not in 2 by torchrun")
     assert "-n 500 --first 500" in told and told.count("\n") == 1
+
+
+def test_evaluate_control_says_so_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ldm.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(ldm.distributed, "gather", lambda value: [value, value])
+    monkeypatch.setattr("sample.evaluate.world_size", lambda: 2)
+    assert main(["evaluate", "--control", "nothing", "--data", str(tmp_path)]) == 2
+    assert "evaluate --control runs in one process, not in 2 by torchrun" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,17 +42,32 @@ def write_set(folder: Path, captions: list[str] | None = None) -> str:
         split = "heldout_image" if number > 7 else "train"
         text = f"colour {number}" if captions is None else captions[number]
         rows.append({"file_name": f"{number}.png", "text": text, "split": split, "label": number % 3})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, rows)
     return f"data.path={folder}"
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_first_stage(folder: Path) -> str:
     """Returns the override that names it."""
     torch.manual_seed(0)
     config = AutoencoderConfig(base_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
-    file = folder / "autoencoder.safetensors"
-    save_weights(file, AutoencoderKL(config).state_dict(), {"config": to_dict(config)})
-    return f"autoencoder={file}"
+    put(folder / "autoencoder.safetensors", AutoencoderKL(config))
+    return f"autoencoder={folder / 'autoencoder.safetensors'}"
+
+
+def write_small_stage(folder: Path) -> None:
+    """One that halves the sides."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(base_channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
+    put(folder / "autoencoder.safetensors", AutoencoderKL(config))
+
+
+def put(path: Path, module: Any) -> None:
+    """A part of a model as a file."""
+    save_weights(path, module.state_dict(), {"config": to_dict(module.config)})
 
 
 def made_in(folder: Path) -> list[str]:

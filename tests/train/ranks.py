@@ -239,7 +239,7 @@ def process(action, folder, number, world, port, pipe):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": world}
     told = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, **place}
     os.environ |= {key: str(value) for key, value in told.items()}
-    signal.alarm(60)
+    signal.alarm(200)  # on a busy machine
     with launched():
         try:
             end = ["", action(folder)]

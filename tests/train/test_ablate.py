@@ -26,6 +26,8 @@ from sample.pipeline import Pipeline
 from train.__main__ import main
 from train.ablate import build, check_factor, plan, read_study
 from train.ablation_table import Arm, Result, figure, markdown
+from train.data import DataConfig, load_images, to_float
+from train.evaluation import Evaluation, denoising_errors
 from train.statistics import MOST, T_QUANTILES, Estimate, estimate, paired
 
 # --- statistics ---------------------------------------------------------------------------------------------
@@ -282,9 +284,9 @@ def test_the_denoising_error_in_closed_form(shapes):
     pipe = Pipeline.__new__(Pipeline)
     pipe.network, pipe.schedule = lambda x, t: torch.zeros_like(x), Schedule(DiffusionConfig(prediction="x0"))
     pipe.autoencoder, pipe.text_encoder, pipe.device = Same(), None, torch.device("cpu")
-    data = module.DataConfig(path=str(shapes), size=32)
-    heldout = module.to_float(module.load_images(data, "heldout_image").pixels)
-    found = module.denoising_errors(pipe, data, module.Evaluation(levels=(0.5, 2.0)))
+    data = DataConfig(path=str(shapes), size=32)
+    heldout = to_float(load_images(data, "heldout_image").pixels)
+    found = denoising_errors(pipe, data, Evaluation(levels=(0.5, 2.0)))
     square = float(heldout.square().mean())
     assert_close(found, {"error@0.5": 5 * square, "error@2": 1.25 * square}, atol=1e-4, rtol=1e-4)
 

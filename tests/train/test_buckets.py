@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured import write_first_stage, write_rows
 from PIL import Image
 
-from ldm.config import from_dict, load_config, to_dict
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL, make_autoencoder
-from ldm.weights.io import load_weights, save_weights
+from ldm.config import from_dict, load_config
+from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
+from ldm.weights.io import load_weights
 from sample.images import square_rgb
 from train.__main__ import main as train
 from train.bucketed import Ragged, batch_rows, bucket_turn, in_parts, load_bucketed
@@ -279,12 +280,8 @@ def made(tmp_path_factory) -> list[str]:
             Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
             row["mask"] = f"masks/{number}.png"
         rows.append(row)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    config = AutoencoderConfig(base_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
-    file = folder / "autoencoder.safetensors"
-    save_weights(file, AutoencoderKL(config).state_dict(), {"config": to_dict(config)})
-    return [f"data.path={folder}", f"autoencoder={file}", "run.device=cpu", *SHORT, *BUCKETS]
+    write_rows(folder, rows)
+    return [f"data.path={folder}", write_first_stage(folder), "run.device=cpu", *SHORT, *BUCKETS]
 
 
 def data_config(made, strict=False, workers=0, **options):
@@ -442,7 +439,7 @@ def test_with_squares_alone_buckets_change_nothing(made, tmp_path):
     for number in range(0, 24, 3):
         shutil.copy(Path(made[0].removeprefix("data.path=")) / f"{number}.png", folder)
         rows.append({"file_name": f"{number}.png", "text": "", "label": 0})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, rows)
     squares = [*made, f"data.path={folder}", "masked=false"]
     losses = {}
     for on in ("true", "false"):

@@ -8,22 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured import put, write_rows, write_small_stage
 from networks import randomised
 from PIL import Image
 
-from ldm.config import load_config, to_dict
+from ldm.config import load_config
 from ldm.diffusion.editing import inpainting_channels, masked_picture
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.clip import TextConfig, TextEncoder
 from ldm.seeding import generator
-from ldm.weights.io import load_weights, save_weights
+from ldm.weights.io import load_weights
 from ldm.weights.reading import open_checkpoint
 from sample.__main__ import main as sample
 from sample.images import to_tensor
 from sample.start import mask_channels, picture_channels, reads
 from train.__main__ import main as train
-from train.ablate import Evaluation, evaluate
 from train.concat import Concat, ConcatConfig, random_masks, smaller
 from train.data import batch_indices
+from train.evaluation import Evaluation, evaluate
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 
 TINY = "configs/train/tiny.yaml"
@@ -64,19 +65,11 @@ def folder(tmp_path_factory) -> Path:
         split = "heldout_image" if number > 5 else "train"
         row = {"file_name": f"{number}.png", "text": "turn it", "split": split}
         rows.append(row | {"source": f"source-{number}.png"})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    stage = AutoencoderConfig(base_channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
-    put(folder / "autoencoder.safetensors", AutoencoderKL(stage))
-    from ldm.models.clip import TextConfig, TextEncoder
-
+    write_rows(folder, rows)
+    write_small_stage(folder)
     tower = TextEncoder(TextConfig(width=32, layers=1, heads=2, mlp_width=64, repeat_end=True))
     put(folder / "tower.safetensors", randomised(tower))
     return folder
-
-
-def put(path, module):
-    save_weights(path, module.state_dict(), {"config": to_dict(module.config)})
 
 
 def options(folder: Path, out: Path, kind: str, *more: str) -> list[str]:

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured import put, write_rows, write_small_stage
 from networks import randomised
 from PIL import Image
 from weights.checkpoints import save, single_file
 
-from ldm.config import load_config, to_dict
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.config import load_config
 from ldm.models.clip import TextConfig, TextEncoder
 from ldm.models.tokenizer import Tokenizer
 from ldm.models.unet import UNet, UNetConfig
-from ldm.weights.io import load_weights, save_weights
+from ldm.weights.io import load_weights
 from ldm.weights.reading import open_checkpoint
 from sample.__main__ import main as sample
 from sample.pipeline import Pipeline
@@ -53,16 +53,10 @@ def folder(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(folder / f"{number}.png")
         split = "heldout_image" if number > 5 else "train"
         rows.append({"file_name": f"{number}.png", "text": CAPTIONS[number % 3], "split": split})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    stage = AutoencoderConfig(base_channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
-    put(folder / "autoencoder.safetensors", AutoencoderKL(stage))
+    write_rows(folder, rows)
+    write_small_stage(folder)
     put(folder / "text_encoder.safetensors", tower())
     return folder
-
-
-def put(path, module):
-    save_weights(path, module.state_dict(), {"config": to_dict(module.config)})
 
 
 def tower(seed: int = 0, config: TextConfig = TEXT) -> TextEncoder:

@@ -15,14 +15,13 @@ from train.curves import (
     DRAWN,
     Axis,
     axis_of,
-    page,
     read_log,
     read_run,
     read_runs,
     smooth,
     thinned,
-    write_report,
 )
+from train.report_page import page, write_report
 
 
 def make_run(folder, *, factor=1.0, rows=20, preview=True, **config):

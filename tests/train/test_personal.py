@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from personal import PRIOR, changed, make, options, task_of, weights, with_gradient
+from PIL import Image
 
 from ldm.models.lora import attach
 from ldm.models.textual_inversion import textual_inversion
@@ -93,7 +95,9 @@ def test_at_first_a_lora_changes_nothing(folder, tmp_path):
 
 def test_tokens_first_and_the_lora_after_them(folder, tmp_path):
     """Pivotal tuning: neither moves in the other's steps, weight decay included."""
-    task = task_of("lora", folder, tmp_path, *PIVOTAL[:3], "tokens_until=2", "lora_from=1", "rates.tokens=3.0")
+    task = task_of(
+        "lora", folder, tmp_path, *PIVOTAL[:3], "tokens_until=2", "lora_from=1", "rates.tokens=3.0"
+    )
     player, seen = task.players["model"], []
     optimizer = make_optimizer(player, task.config.run)
     for step in range(4):
@@ -130,11 +134,11 @@ def test_more_vectors_with_time(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_an_uninterrupted_one(folder, tmp_path, kind):
-    more = ["flip=0.5", "caption_dropout=0.3", "run.accumulate=2"]
+    more = ["flip=0.5", "caption_dropout=0.3", "run.accumulate=2", "run.validate_every=0"]
     if kind == "lora":
         more += [*PIVOTAL, "tokens_until=3", "lora_from=1", "lora.dropout=0.3", *PRIOR]
-    for out in (tmp_path / "once", tmp_path / "twice"):
-        assert train(options(kind, folder, out, *more)) == 0
+    assert train(options(kind, folder, tmp_path / "once", *more)) == 0
+    shutil.copytree(tmp_path / "once", tmp_path / "twice")  # as if it had been stopped after step 2
     (tmp_path / "twice" / "states" / "step-00000004.safetensors").unlink()
     shutil.rmtree(tmp_path / "twice" / "model")
     assert train([*options(kind, folder, tmp_path / "twice", *more), "--resume"]) == 0
@@ -184,7 +188,9 @@ def test_the_lora_file_acts_as_the_trained_model_does(folder, tmp_path):
     assert {path.name for path in (tmp_path / "model").iterdir()} == names
     for name in names:
         base = Pipeline.load(folder / "model", device="cpu")
-        file = read_lora(tmp_path / "model" / name, {"unet": base.unet.config, "text": base.text_encoder.config})
+        file = read_lora(
+            tmp_path / "model" / name, {"unet": base.unet.config, "text": base.text_encoder.config}
+        )
         attach(base.unet, file.parts["unet"])
         attach(base.text_encoder, file.parts["text"])
         with torch.no_grad():
@@ -197,14 +203,18 @@ def test_the_embedding_file_acts_as_the_trained_word_does(folder, tmp_path):
     assert train(options("textual-inversion", folder, tmp_path, *more)) == 0
     model = tmp_path / "model"
     found = read_embeddings(model / "embedding.safetensors").embeddings
-    assert [(each.token, tuple(each.vectors.shape)) for each in found] == [("<toy>", (2, 16)), ("<look>", (3, 16))]
+    vectors = {each.token: each.vectors for each in found}
+    assert {token: tuple(each.shape) for token, each in vectors.items()} == {
+        "<toy>": (2, 16),
+        "<look>": (3, 16),
+    }
     others = {"embedding.safetensors", "toy.pt", "look.pt", "toy_webui.safetensors", "look_webui.safetensors"}
     assert {path.name for path in model.iterdir()} == others
-    torch.testing.assert_close(read_embeddings(model / "look.pt").embeddings[0].vectors, found[1].vectors)
+    torch.testing.assert_close(read_embeddings(model / "look.pt").embeddings[0].vectors, vectors["<look>"])
     base = Pipeline.load(folder / "model", device="cpu")
     words = textual_inversion(base.text_encoder, base.tokenizer)
-    for each in found:
-        words.add(each.token, each.vectors)
+    for token, each in vectors.items():
+        words.add(token, each)
     state = load_weights(tmp_path / "states" / "step-00000004.safetensors")[0]
     torch.testing.assert_close(words.vectors("<look>"), state["ema/model/tokens.rows.1"])
 
@@ -215,6 +225,30 @@ def test_the_logs_name_what_is_measured(folder, tmp_path):
     assert rows[0].keys() >= {"loss", "subject", "prior"}
     assert rows[-1].keys() == {"step", "subject_loss", "prior_loss"}
     assert rows[0]["loss"] == pytest.approx(rows[0]["subject"] + rows[0]["prior"], abs=1e-5)
+
+
+def test_what_metadata_says_of_the_pictures(folder, tmp_path):
+    """Own captions, masks, which are mirrored with their pictures, and held-out pictures for validation."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None], 32, 0)).save(tmp_path / "ramp.png")
+    (pictures / "masks").mkdir()
+    shutil.move(tmp_path / "ramp.png", pictures / "masks" / "ramp.png")
+    rows = [{"file_name": f"{i}.png", "text": f"{{}} number {i}", "mask": "masks/ramp.png"} for i in range(4)]
+    rows[3]["split"] = "heldout_image"
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [f"data.path={pictures}", "subject.templates=[own]", "masked=true", "flip=1.0"]
+    task = task_of("lora", folder, tmp_path / "out", *more)
+    assert task.captions.all == ["sks number 0", "sks number 1", "sks number 2"]
+    assert len(task.images) == 3
+    assert len(task.data) == 6  # mirrored ones behind the others
+    assert torch.equal(task.data.masks[3:], task.data.masks[:3].flip(3))
+    assert not torch.equal(task.data.masks[3:], task.data.masks[:3])
+    assert task._flipped(torch.tensor([0, 2]), "train", 0, 0).tolist() == [3, 5]
+    assert task._flipped(torch.tensor([0, 2]), "subject", 0).tolist() == [0, 2]
+    assert bool(task.loss(0, 0)[0].isfinite())
+    with torch.no_grad():
+        assert {"validation_loss", "subject_loss"} <= task.validate().keys()
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
@@ -241,7 +275,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
         ("textual-inversion", ["forms=[gif]"], "forms"),
         ("lora", ["lora.rank=0"], "rank must be at least 1"),
         ("lora", ["lora=null"], "both null"),
-        ("lora", ["lora.targets=[*.to_qq]"], "to_qq"),
+        ("lora", ["lora.targets=[*.to_qq]"], "near it: *.to_q"),
         ("lora", ["forms=[loha]"], "loha"),
         ("lora", ["prior.weight=1.0"], "subject.noun"),
         ("lora", ["subject.identifier=''"], "needs a name"),
@@ -266,7 +300,11 @@ def test_bad_pictures_are_refused_in_one_line(folder, tmp_path, capsys):
     shutil.copytree(folder / "pictures", pictures)
     (pictures / "3.png").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
-    for path, told in ((pictures, "3.png"), (tmp_path / "empty", "no images"), (tmp_path / "gone", "no such")):
+    for path, told in (
+        (pictures, "3.png"),
+        (tmp_path / "empty", "no images"),
+        (tmp_path / "gone", "no such"),
+    ):
         assert train(options("lora", folder, tmp_path / "out", f"data.path={path}")) == 2
         error = capsys.readouterr().err.strip()
         assert told in error

@@ -14,7 +14,8 @@ from test_distributed import ENVIRONMENT, assert_same_run, state_of, succeeded
 from torch import nn
 
 from ldm.weights.io import read_header
-from train.sharded import tensors
+from train.loop import RunConfig
+from train.sharded import building_device, tensors
 from train.state import load_state, newest_state, save_state, sweep
 
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 def ends(folder):
     """How each rank of each job of `piece_ranks.py` ended."""
     command = [sys.executable, piece_ranks.__file__, str(folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
@@ -159,3 +160,11 @@ def test_what_is_held_has_the_names_of_the_state(monkeypatch):
     found, expected = tensors(module), module.state_dict()
     assert found.keys() == expected.keys()
     assert all(found[name].data_ptr() == expected[name].data_ptr() for name in found)
+
+
+def test_what_will_be_cut_up_is_built_on_the_cpu(monkeypatch):
+    run = RunConfig(out="x", device="meta", parallel="fsdp")
+    assert building_device(run).type == "meta"  # in one process nothing is
+    monkeypatch.setattr("train.sharded.world_size", lambda: 2)
+    assert building_device(run).type == "cpu"
+    assert building_device(RunConfig(out="x", device="meta")).type == "meta"

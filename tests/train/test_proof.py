@@ -5,20 +5,19 @@ The first stage with a codebook and the models that read pictures learn theirs i
 `test_concat.py`.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from coloured import write_rows, write_small_stage
 from PIL import Image
 from torch import nn
 
-from ldm.config import from_dict, load_config, to_dict
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.config import from_dict, load_config
 from ldm.models.unet import UNet
 from ldm.seeding import generator
-from ldm.weights.io import load_weights, save_weights
+from ldm.weights.io import load_weights
 from train.data import batch_indices
 from train.loop import train
 from train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
@@ -54,11 +53,8 @@ def folder(tmp_path_factory) -> Path:
         split = "heldout_image" if number == 5 else "train"
         row = {"file_name": f"{number}.png", "text": f"colour {number}", "label": number % 3, "split": split}
         rows.append(row)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    stage = AutoencoderConfig(base_channels=4, channel_mult=(1, 1), num_res_blocks=1, norm_groups=2)
-    model = AutoencoderKL(stage)
-    save_weights(folder / "autoencoder.safetensors", model.state_dict(), {"config": to_dict(model.config)})
+    write_rows(folder, rows)
+    write_small_stage(folder)
     return folder
 
 

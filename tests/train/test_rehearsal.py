@@ -108,7 +108,7 @@ def test_players_of_a_first_stage(pictures, tmp_path, options):  # noqa: F811
 
 def test_the_plan_adds_them_up(pictures, tmp_path):  # noqa: F811
     text = plan(task("autoencoder", pictures, None, tmp_path))
-    line = re.search(r"memory: ([\d.]+) MB = (.*); Python and libraries on top", text)
+    line = re.search(r"memory: ([\d.]+) MB = (.*); Python, libraries and pictures on top", text)
     parts = [float(number) for number in re.findall(r"([\d.]+) MB", line[2])]
     assert sum(parts) == pytest.approx(float(line[1]), abs=0.3)
     assert re.search(r"activations of 8 images [\d.]+ MB$", line[2])

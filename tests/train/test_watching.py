@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 from ldm.diffusion.schedule import DiffusionConfig, Schedule
 from sample.pipeline import Pipeline
-from train import ablate
+from train import evaluation
 from train.__main__ import build_task, main
-from train.curves import order, page, read_runs
+from train.curves import read_runs
 from train.data import DataConfig, load_images
 from train.levels import LEVELS, denoising_errors, within
+from train.report_page import order, page
 
 
 def log(folder: Path) -> list[dict]:
@@ -113,7 +114,7 @@ def test_it_is_the_error_that_an_ablation_measures(runs, made, monkeypatch):
     assert images.files == ["8.png", "9.png"]
     conditioning = pipe.conditioning
     monkeypatch.setattr(pipe, "conditioning", lambda _: conditioning(["2", "0"]))  # labels, not captions
-    found = ablate.denoising_errors(pipe, data, ablate.Evaluation(levels=LEVELS))
+    found = evaluation.denoising_errors(pipe, data, evaluation.Evaluation(levels=LEVELS))
     logged = {key.removeprefix("validation_"): value for key, value in errors(log(runs["v"])[-1]).items()}
     assert found == pytest.approx(logged, rel=0.01)
 

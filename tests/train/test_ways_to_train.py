@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured import CLASSES, write_first_stage, write_rows
 from PIL import Image
 
-from ldm.config import load_config, to_dict
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.weights.io import load_weights, save_weights
+from ldm.config import load_config
+from ldm.weights.io import load_weights
 from sample.__main__ import main as sample
 from train.__main__ import main as train
 from train.columns import load_labels, load_masks
@@ -56,22 +56,8 @@ def made(tmp_path_factory) -> list[str]:
     left[:, :14] = 255
     (folder / "masks").mkdir()
     Image.fromarray(left).save(folder / "masks" / "left.png")
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    config = AutoencoderConfig(base_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, norm_groups=4)
-    file = folder / "autoencoder.safetensors"
-    save_weights(file, AutoencoderKL(config).state_dict(), {"config": to_dict(config)})
-    return [f"data.path={folder}", f"autoencoder={file}", "run.device=cpu", *SHORT]
-
-
-CLASSES = [  # also quicker than a text tower, whose table has 49,408 rows
-    "text=null",
-    "classes.num_classes=4",
-    "classes.dim=32",
-    "classes.null_class=3",
-    "caption_dropout=0.5",
-    "preview.prompts=[]",
-]
+    write_rows(folder, rows)
+    return [f"data.path={folder}", write_first_stage(folder), "run.device=cpu", *SHORT]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

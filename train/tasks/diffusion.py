@@ -50,6 +50,7 @@ from train.denoising import DenoisingTask, LatentSet, PreviewConfig, check_size
 from train.levels import LEVELS
 from train.loop import Player, RunConfig
 from train.recompute import recompute_blocks
+from train.sharded import building_device
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,13 @@ class DiffusionTask(DenoisingTask):
             self.read = self.frozen_text = FrozenText(given, captions, cache)
         torch.manual_seed(derive(config.run.seed, "initialisation"))
         # Contiguous: on a CPU in bfloat16 a training step is faster than channels-last (benchmarks/unet.py).
-        self.unet = UNet(config.unet).to(self.device)
+        self.unet = UNet(config.unet).to(building_device(config.run))
         self.network = self.unet if self.concat is None else concatenated(self.unet)
         self.text_encoder = given
         if config.text is not None:
-            self.text_encoder = TextEncoder(config.text).to(self.device)
+            self.text_encoder = TextEncoder(config.text).to(building_device(config.run))
         elif config.classes is not None:
-            self.text_encoder = ClassEmbedder(config.classes).to(self.device)
+            self.text_encoder = ClassEmbedder(config.classes).to(building_device(config.run))
         if config.init_from:
             start_from(
                 config.init_from,

@@ -1,9 +1,10 @@
 """Teach a model a subject by training all of it: DreamBooth.
 
-Ruiz et al. 2023 (arXiv:2208.12242): a rare identifier and the noun of the subject's class name it; pictures of the
-class, made by the model before, keep it from forgetting the class (section 3.3, `prior.py`). The paper trains the
-text tower too, and then the super-resolution model, with less noise on its small pictures: that is `ldm-train
-diffusion configs/train/tiny_dreambooth_upscaler.yaml`. The finished run writes a model folder for `ldm-sample`.
+Ruiz et al. 2023 (arXiv:2208.12242): a rare identifier and the noun of the subject's class name it; pictures
+of the class, made by the model before, keep it from forgetting the class (section 3.3, `prior.py`). The
+paper trains the text tower too, and then the super-resolution model, with less noise on its small pictures:
+that is `ldm-train diffusion configs/train/tiny_dreambooth_upscaler.yaml`. The finished run writes a model
+folder for `ldm-sample`.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from train.subject import SubjectConfig
 class DreamBoothTaskConfig(PersonalConfig):
     """`ldm-train dreambooth`.
 
-    train_text: the text tower too, as in the paper. subject.identifier "sks" and a noun are what the subject is
-    called. rate_text: what the tower's learning rate is of `run.lr`.
+    train_text: the text tower too, as in the paper. subject.identifier "sks" and a noun are what the
+    subject is called. rate_text: what the tower's learning rate is of `run.lr`.
     """
 
     subject: SubjectConfig = field(default_factory=lambda: SubjectConfig(identifier="sks"))

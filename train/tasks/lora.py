@@ -1,9 +1,10 @@
 """Teach a model a subject or a style by a LoRA: a change of low rank to some of its layers.
 
-Hu et al. 2021 (arXiv:2106.09685); for image models first cloneofsimo's scripts, then kohya's and diffusers'. It
-may learn with prior preservation (`prior.weight`), and with new words of the text tower (`tokens`): then the words
-move first and the LoRA after them, or both at once, "pivotal tuning" (Roich et al. 2021, arXiv:2106.05744). The
-finished run writes `lora.safetensors` for `ldm-sample --lora`, and the forms that others read.
+Hu et al. 2021 (arXiv:2106.09685); for image models first cloneofsimo's scripts, then kohya's and
+diffusers'. It may learn with prior preservation (`prior.weight`), and with new words of the text tower
+(`tokens`): then the words move first and the LoRA after them, or both at once, "pivotal tuning" (Roich et
+al. 2021, arXiv:2106.05744). The finished run writes `lora.safetensors` for `ldm-sample --lora`, and the
+forms that others read.
 """
 
 import os
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ldm.device import DTYPES
@@ -38,10 +38,10 @@ class LoRATaskConfig(PersonalConfig):
     """`ldm-train lora`.
 
     lora: of the UNet, lora_text: of the text tower, see `LoRAConfig`; null leaves a network as it is.
-    tokens: new words to be learned with it, see `TokensConfig`. tokens_until: the step from which they stay as
-    they are, 0 is never. lora_from: the first step in which the LoRA moves.
-    rates: of `run.lr`, by what it is for: "lora", "lora_text", "tokens"; 1 where nothing is said.
-    forms: of the files, some of ldm, kohya, diffusers, peft, cloneofsimo. dtype: their number format.
+    tokens: new words to be learned with it, see `TokensConfig`. tokens_until: the step from which they stay
+    as they are, 0 is never. lora_from: the first step in which the LoRA moves. rates: of `run.lr`, by what
+    it is for: "lora", "lora_text", "tokens"; 1 where nothing is said. forms: of the files, some of ldm,
+    kohya, diffusers, peft, cloneofsimo. dtype: their number format.
     """
 
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
@@ -64,12 +64,12 @@ class LoRATaskConfig(PersonalConfig):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name, rate in self.rates.items():
             if name not in ("lora", "lora_text", "tokens") or not 0 < rate < float("inf"):
-                raise ValueError(f"rates are positive numbers for lora, lora_text, tokens; got {name}: {rate}")
+                raise ValueError(f"rates are numbers above 0 for lora, lora_text, tokens; got {name}: {rate}")
         if (self.tokens_until or self.lora_from) and not self.tokens.words:
             raise ValueError("tokens_until and lora_from are for a run that learns tokens.words as well")
         if min(self.tokens_until, self.lora_from) < 0 or 0 < self.tokens_until < self.lora_from:
             raise ValueError(
-                f"from step {self.tokens_until} (tokens_until) to {self.lora_from} (lora_from) nothing would move"
+                f"from step {self.tokens_until} (tokens_until) to {self.lora_from} (lora_from) nothing moves"
             )
         if self.lora_from >= self.run.steps:
             raise ValueError(f"lora_from {self.lora_from} must be less than run.steps {self.run.steps}")
@@ -78,7 +78,7 @@ class LoRATaskConfig(PersonalConfig):
 
 
 class Adapters(nn.Module):
-    """The adapters of a LoRA as a module to train: `factors` for its states, which adapters are not part of."""
+    """The adapters of a LoRA as a module to train: `factors` are for its states, which show no adapters."""
 
     def __init__(self, lora: LoRA):
         super().__init__()
@@ -136,7 +136,8 @@ class LoRATask(PersonalTask):
         config = self.config
         configs = {"unet": self.unet.config, "text": getattr(self.text_encoder, "config", None)}
         parts = {part: lora.weights for part, lora in self.loras.items()}
-        told: dict[str, Any] = {"model": {"name": config.model, "hash": self.model_hash}, "steps": config.run.steps}
+        about = {"name": config.model, "hash": self.model_hash}
+        told: dict[str, Any] = {"model": about, "steps": config.run.steps}
         folder.mkdir(parents=True, exist_ok=True)
         for form in config.forms:
             # Under its name once it is whole, also over the file of an earlier end of the run

@@ -1,8 +1,8 @@
 """Teach a model new words for a subject or a style, and nothing else: textual inversion.
 
-Gal et al. 2022 (arXiv:2208.01618), eq. 2: the vectors of one or more new words are found by the model's own loss on
-pictures whose captions name them; model and every other word stay as they are. The finished run writes
-`embedding.safetensors` for `ldm-sample --embedding`, and the forms that others read.
+Gal et al. 2022 (arXiv:2208.01618), eq. 2: the vectors of one or more new words are found by the model's own
+loss on pictures whose captions name them; model and every other word stay as they are. The finished run
+writes `embedding.safetensors` for `ldm-sample --embedding`, and the forms that others read.
 """
 
 from dataclasses import dataclass, field
