@@ -1,5 +1,5 @@
 """Files of LoRAs and embeddings in a folder given once by `--adapters DIR`, found by the name that a prompt
-says.
+says; and those that ship with a model, by their name alone (`--lora creature`).
 
 The name is a file's without its suffix, upper and lower case told apart, as in the web UIs.
 """
@@ -8,8 +8,18 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from sample.model import SHIPPED
+
 LORAS = (".safetensors", ".pt")
 EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp")
+
+
+def shipped_adapter(kind: str, name: str) -> Path | None:
+    """The file that ships under this name, if one does; kind: "lora" or "embedding".
+
+    As with models, a shipped name wins over a file of that name in the working folder, which is `./name`.
+    """
+    return next((path for path in SHIPPED.glob(f"*/{kind}/*.safetensors") if path.stem == name), None)
 
 
 def find_adapter(folder: str | Path | None, name: str, suffixes: Sequence[str]) -> Path:

@@ -19,7 +19,7 @@ from ldm.models.clip import TextEncoder
 from ldm.models.textual_inversion import TextualInversion, textual_inversion
 from ldm.models.tokenizer import says
 from ldm.weights.embeddings import Embedding, NoEmbedding, read_embeddings
-from sample.adapters import EMBEDDINGS, adapter_names, find_adapter
+from sample.adapters import EMBEDDINGS, adapter_names, find_adapter, shipped_adapter
 from sample.parts import Parts
 
 
@@ -140,7 +140,7 @@ def _located(text: str, folder: str | None) -> tuple[Path, str | None]:
         name, token = text, ""
     elif not name or not token.strip():
         raise ValueError(f"--embedding must be like FILE or FILE=TOKEN, got {text!r}")
-    path = Path(name).expanduser()
+    path = shipped_adapter("embedding", name) or Path(name).expanduser()
     if folder is not None and not path.exists():
         path = _embedding_named(Path(folder), name) or find_adapter(folder, name, EMBEDDINGS)
     return path, token or None

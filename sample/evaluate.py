@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.device import pick_device
-from ldm.distributed import is_first, rows_of_all, share, together, world_size
+from ldm.distributed import is_first, rows_of_all, share, together
 from ldm.metrics import psnr
 from ldm.weights.folder import weights_hash
 from ldm.weights.io import write_atomically
@@ -74,8 +74,6 @@ def run(args: argparse.Namespace) -> None:
     if args.control is not None:
         from sample.control_study import run as follow_hints  # which is built on this module
 
-        if world_size() > 1:
-            raise ValueError(f"evaluate --control runs in one process, not in {world_size()} by torchrun")
         return follow_hints(args)
     with together():
         study = prepare(args)

@@ -24,7 +24,7 @@ from ldm.models.clip import TextEncoder
 from ldm.models.lora import LoRA, attach
 from ldm.weights.folder import weights_hash
 from ldm.weights.lora import read_lora
-from sample.adapters import LORAS, find_adapter
+from sample.adapters import LORAS, find_adapter, shipped_adapter
 from sample.parts import Parts
 
 TAG = re.compile(r"<lora:([^<>]*)>")
@@ -156,7 +156,7 @@ def call(parts: Parts, args: argparse.Namespace, asked: Sequence[tuple[str, str]
                 f"negative prompt {negative[:60]!r}: a LoRA belongs into the prompt and acts on both"
             )
         for each in read_tags(prompt)[1]:
-            paths[each.name] = paths.get(each.name) or find_adapter(args.adapters, each.name, LORAS)
+            paths[each.name] = paths.get(each.name) or named(each.name, args.adapters)
     for prompt, _ in asked:
         names = [each.name for each in called.of(prompt)]
         if twice := next((name for name in names if names.count(name) > 1), None):
@@ -170,6 +170,12 @@ def call(parts: Parts, args: argparse.Namespace, asked: Sequence[tuple[str, str]
                 f"ldm-sample: warning: {path} holds the word {word} too; --embedding {path}", file=sys.stderr
             )
     return called
+
+
+def named(name: str, folder: str | None) -> Path:
+    """The file that a tag means: of the folder, where one is given, or else shipped. Raises ValueError."""
+    shipped = shipped_adapter("lora", name) if folder is None else None
+    return shipped or find_adapter(folder, name, LORAS)
 
 
 def read_embedding_names(path: Path) -> list[str]:
@@ -204,14 +210,17 @@ def _read(tag: str, inside: str) -> Asked:
 
 
 def located(text: str) -> tuple[Path, float]:
-    """The file and scale that `FILE[:SCALE]` means. Raises ValueError for a scale that is none."""
+    """The file, also a shipped one by its name, and the scale that `FILE[:SCALE]` means.
+
+    Raises ValueError for a scale that is none.
+    """
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
-        return Path(text).expanduser(), 1.0
+        return shipped_adapter("lora", text) or Path(text).expanduser(), 1.0
     try:
         value = float(scale)
     except ValueError:
         return Path(text).expanduser(), 1.0  # a path with a colon in it
     if not math.isfinite(value):
         raise ValueError(f"--lora must be like FILE or FILE:0.8, got {text!r}")
-    return Path(path).expanduser(), value
+    return shipped_adapter("lora", path) or Path(path).expanduser(), value

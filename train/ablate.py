@@ -29,8 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config import differences, find_config, from_dict, load_config, to_dict
 from ldm.device import pick_device
-from ldm.weights.io import write_atomically
-from train.ablation_table import Arm, Result, write_report
+from train.ablation_table import Arm, Result, read_json, write_json, write_report
 from train.evaluation import Evaluation, evaluate
 from train.loop import Interrupted, RunConfig, Task, train
 from train.plan import plan as dry_run
@@ -38,10 +37,16 @@ from train.statistics import MOST
 from train.streaming import dry
 from train.tasks.autoencoder import AutoencoderTask, AutoencoderTaskConfig
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from train.tasks.dreambooth import DreamBoothTask, DreamBoothTaskConfig
+from train.tasks.lora import LoRATask, LoRATaskConfig
+from train.tasks.textual_inversion import TextualInversionTask, TextualInversionTaskConfig
 
 TASKS: dict[str, tuple[type, type]] = {
     "autoencoder": (AutoencoderTaskConfig, AutoencoderTask),
     "diffusion": (DiffusionTaskConfig, DiffusionTask),
+    "lora": (LoRATaskConfig, LoRATask),
+    "dreambooth": (DreamBoothTaskConfig, DreamBoothTask),
+    "textual-inversion": (TextualInversionTaskConfig, TextualInversionTask),
 }
 OURS = ("run.out", "run.seed")  # set for each run
 TRAINED = "trained.json"  # in a run's folder: it is whole
@@ -315,14 +320,6 @@ def read_log(path: Path) -> tuple[dict[str, Any], list[float]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rates = [rate for row in rows if (rate := row.get("images_per_second"))]
     return {name: value for row in rows for name, value in row.items()}, rates
-
-
-def write_json(path: Path, values: Any) -> None:
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def reset_peak(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.device import pick_device
 from ldm.diffusion.denoiser import Denoiser
@@ -148,7 +148,7 @@ class DenoisingTask:
     @cached_property
     def given(self) -> dict[str, str]:
         """Hashes of the files that are read and not trained, by their keys (`given.py`)."""
-        frozen = {"autoencoder": self.autoencoder}
+        frozen: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         if self.frozen_text is not None:
             frozen["tower.checkpoint"] = self.frozen_text.tower
         return {key: fingerprint(module) for key, module in frozen.items()}

@@ -1,7 +1,7 @@
 """What `ldm-train ablate` asks finished diffusion models, so that runs of other losses can be compared."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ldm.diffusion.editing import concatenated
 from sample.pipeline import Pipeline
 from sample.questions import Picture, Question, pick, read_images, read_rows
 from train import levels
+from train.bucketed import Ragged
 from train.concat import Concat, check_channels
 from train.data import DataConfig, load_images, to_float
 from train.tasks.diffusion import DiffusionTaskConfig
@@ -72,7 +73,8 @@ def denoising_errors(
     images = load_images(data, "heldout_image")
     if not len(images):
         raise ValueError(f"evaluate.levels needs held-out images, of which {data.path} has none")
-    network, source = pipe.network, torch.zeros(0)
+    network: Callable[..., Tensor] = pipe.network
+    source: Tensor | Ragged = images.pixels
     if concat is not None:
         network = concatenated(network)
         source = concat.source(data, cache, "heldout", images.files, images.pixels)

@@ -22,15 +22,7 @@ from torch.optim import Optimizer
 
 from ldm.config import differences, to_dict, to_yaml
 from ldm.device import DTYPES, pick_device
-from ldm.distributed import (
-    agreed,
-    first_then_others,
-    highest,
-    is_first,
-    last_words,
-    together,
-    world_size,
-)
+from ldm.distributed import agreed, first_then_others, highest, is_first, last_words, together, world_size
 from ldm.seeding import derive
 from ldm.weights.io import write_atomically
 from train import distributed, sharded

@@ -61,8 +61,8 @@ class Live(TorchDispatchMode):
 
 
 def activations(task: Task, images: int) -> int | None:
-    """Bytes that a step's passes of `images` images need at most besides weights and gradients; None where the
-    task cannot say. `task` stays as it is."""
+    """Bytes that passes of `images` images need at most besides weights and gradients, None where the task
+    cannot say; it stays as it is."""
     if not isinstance(task, Rehearsed):
         return None
     return max(passed(task, name, images) for name in task.players)

@@ -1,6 +1,6 @@
 """Frozen layers that keep no activation for a gradient nobody asks for.
 
-    lean(unet)      # after add_lora: the same outputs and gradients, to the bit, in less memory
+    lean(unet)      # after add_lora: the same outputs and gradients in less memory
 
 torch's convolution keeps its input for the gradient of its weight, also where the weight is frozen; the
 gradient of the input needs the weight alone. Likewise norm(x) before silu and gelu(gate) of the feed-forward

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from torch import Size
 
 from ldm.models.clip import TextConfig
-from ldm.models.lora import adaptable
+from ldm.models.lora_layers import adaptable
 from ldm.models.unet import UNetConfig
 from ldm.weights import compvis, diffusers
 from ldm.weights.names import Config, build_empty

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sample.annotators.ade20k import ADE20K
 
-EXTRA = "pip install 'latent-diffusion-from-scratch[annotate]'"
+EXTRA = "pip install 'latent-diffusion-from-scratch[annotators]'"
 DISTANCES = ("glpn", "zoedepth")  # networks that tell how far, where others tell how near
 POSE_FILES = ("body_pose_model.pth", "hand_pose_model.pth", "facenet.pth")
 MLSD_FILES = ("mlsd_large_512_fp32.pth",)

@@ -87,8 +87,6 @@ def test_pictures_of_one_call_may_ask_for_different_ones(model: Path, folder: Pa
         "a<lora:style:0.5>",
         "a <lora:style:1><lora:Möd 2:0.7:0.9>",
         "a",
-        "a<lora:Möd 2>",
-        "a<lora:style:0.5>",
     ]
     together = make(model, tmp_path / "together", *prompts, "--adapters", folder)
     for i, prompt in enumerate(prompts):

@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import randomised
 from PIL import Image
 
 import ldm.distributed
 from ldm.distributed import share
+from ldm.models.controlnet import ControlNet
+from ldm.weights.folder import save_part
 from sample.__main__ import main
+from sample.pipeline import Pipeline
 
 ROOT = Path(ldm.distributed.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -108,11 +112,29 @@ def test_other_commands_say_that_they_run_in_one_process(
     assert "-n 500 --first 500" in told and told.count("\n") == 1
 
 
-def test_evaluate_control_says_so_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_two_processes_follow_hints_as_one_does(
+    data: Path, model: Path, pipe: Pipeline, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ldm.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(ldm.distributed, "gather", lambda value: [value, value])
-    monkeypatch.setattr("sample.evaluate.world_size", lambda: 2)
-    assert main(["evaluate", "--control", "nothing", "--data", str(tmp_path)]) == 2
-    assert "evaluate --control runs in one process, not in 2 by torchrun" in capsys.readouterr().err
+    pytest.importorskip("cv2")
+    torch.manual_seed(0)
+    controlnet = randomised(ControlNet.from_unet(pipe.unet, hint_widths=(4, 8, 8)))
+    save_part(tmp_path / "controlnet.safetensors", controlnet, torch.float32)
+    command = [*("evaluate", "--data", data, "--model", model, "--device", "cpu", "--annotator", "canny")]
+    command += [
+        "--control",
+        tmp_path / "controlnet.safetensors",
+        *["--captions", "3", "--batch", "2", "--steps", "2"],
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*map(str, command), "--out", str(tmp_path / "one")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    done = torchrun("-m", "sample", *command, "--out", tmp_path / "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "two")
+    )
+    assert sorted(one) == ["control-0000.png", "control.json"] and one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] == []

@@ -85,7 +85,12 @@ def test_dreambooth_trains_the_unet_and_if_wanted_the_tower(folder, tmp_path, te
 def test_at_first_a_lora_changes_nothing(folder, tmp_path):
     """Its `up` is zero: prediction and loss are the model's, bit for bit."""
     plain = Pipeline.load(folder / "model", device="cpu")
-    task = task_of("lora", folder, tmp_path, "lora_text.rank=2")
+    where = ["lora.targets=[transformer,convolutions]", 'lora.ranks={"mid_block*": 3}', "lora.alpha=1.0"]
+    task = task_of("lora", folder, tmp_path, "lora_text.rank=2", *where)
+    ranks = {name: factors.rank for name, factors in task.loras["unet"].weights.items()}
+    assert {rank for name, rank in ranks.items() if name.startswith("mid_block")} == {3}
+    assert {rank for name, rank in ranks.items() if not name.startswith("mid_block")} == {2}
+    assert {factors.down.ndim for factors in task.loras["unet"].weights.values()} == {2, 4}
     x, t, ids = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), plain.tokenizer(["a sks", "b"])
     with torch.no_grad():
         assert torch.equal(plain.text_encoder(ids), task.text_encoder(ids))
@@ -123,6 +128,7 @@ def test_more_vectors_with_time(folder, tmp_path):
         used.append(len(task.base.tokenizer.encode("<subject>")))
         if step == 1:
             assert not torch.equal(task.words.module.rows[0][1], first[1])  # weight decay's work
+            task.words.module.rows[0].data[1:] = 7.0  # and that of a very long time
         if step == 2:
             moved = (task.words.module.rows[0] - first).abs().amax(dim=1)
             assert 0 < moved[1] <= 1.02 * task.config.run.lr + 1e-3

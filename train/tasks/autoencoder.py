@@ -263,9 +263,11 @@ class AutoencoderTask:
         weights = self.config.loss
         if player == "discriminator":
             return discriminator_hinge(self.discriminator(real), self.discriminator(made))
-        codes = isinstance(bottleneck, Quantized)
         total = reconstruction_loss(real, made)
-        total = total + (bottleneck.loss.mean() if codes else kl_loss(bottleneck, real))
+        if isinstance(bottleneck, Quantized):
+            total = total + bottleneck.loss.mean()
+        else:
+            total = total + kl_loss(bottleneck, real)
         if weights.perceptual_weight:
             total = total + self.perceptual(real, made).mean()
         if weights.adversarial_weight:
