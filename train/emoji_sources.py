@@ -120,18 +120,25 @@ def _decode(data: bytes, source: str) -> Image.Image:
         raise ValueError(f"{source} is no readable image ({error})") from None
 
 
-def fetch_npm_packages(folder: Path, notices: list[str], progress: bool = False) -> dict[str, Path]:
+def fetch_npm_packages(
+    folder: Path,
+    notices: list[str],
+    progress: bool = False,
+    packages: Mapping[str, tuple[str, str]] = NPM_SOURCES,
+) -> dict[str, Path]:
     """Download the npm packages: style -> tarball in `folder`; failures are one line in `notices`."""
     from tqdm import tqdm
 
     npm = shutil.which("npm")
     if npm is None:
         notices.append(
-            "npm was not found: the styles noto and fluent are left out, the set is OpenMoji alone"
+            f"npm was not found: the styles {' and '.join(packages)} are left out, the set is OpenMoji alone"
+            if packages is NPM_SOURCES
+            else "npm was not found"
         )
         return {}
     tarballs, failures = {}, []
-    sources = tqdm(NPM_SOURCES.items(), desc="npm pack", unit="package", disable=None if progress else True)
+    sources = tqdm(packages.items(), desc="npm pack", unit="package", disable=None if progress else True)
     for style, (package, _) in sources:
         destination = folder / style
         destination.mkdir(parents=True)

@@ -135,12 +135,7 @@ def prepare_emoji(
 
 
 def _check_request(target: Path, size: int, npm_packages: Mapping[str, str | Path] | None) -> None:
-    if not 8 <= size <= 1024:
-        raise ValueError(f"size is {size}, it must be 8 to 1024 pixels")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; give a new or empty folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; give a new folder or remove it first")
+    check_target(target, size)
     for style, path in (npm_packages or {}).items():
         if style not in NPM_SOURCES:
             raise ValueError(
@@ -148,6 +143,16 @@ def _check_request(target: Path, size: int, npm_packages: Mapping[str, str | Pat
             )
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file (tarball of {NPM_SOURCES[style][0]})")
+
+
+def check_target(target: Path, size: int) -> None:
+    """Raises ValueError for a bad size, and a folder that is there and not empty."""
+    if not 8 <= size <= 1024:
+        raise ValueError(f"size is {size}, it must be 8 to 1024 pixels")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; give a new or empty folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; give a new folder or remove it first")
 
 
 # --- splits -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ldm.device import pick_device
@@ -45,6 +45,8 @@ def shard(network: nn.Module, device: torch.device) -> None:
         if isinstance(block, BLOCKS) and block is not network:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    for name in getattr(network, "OTHER_FORWARDS", ()):  # they use the network's weights too
+        register_fsdp_forward_method(network, name)
     network.register_state_dict_post_hook(make_whole)
 
 

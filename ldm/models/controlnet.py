@@ -105,6 +105,8 @@ class HintEncoder(nn.Module):
 class ControlNet(UNetEncoder):
     """`forward(x_t, t, context, encode_hint(hint)) -> residuals`, the `control` of `UNet.forward`."""
 
+    OTHER_FORWARDS = ("encode_hint",)  # methods to call besides `forward`, for what wraps that
+
     def __init__(self, config: ControlNetConfig):
         super().__init__(config.unet)
         self.config = config

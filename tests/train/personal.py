@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from networks import randomised
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw
 
-from ldm.config import load_config
+from ldm.config import find_config, load_config
 from ldm.diffusion.schedule import DiffusionConfig
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.clip import TextConfig, TextEncoder
@@ -52,7 +53,8 @@ UNET = UNetConfig(
 
 
 def make(folder: Path) -> Path:
-    """Five pictures in `folder/pictures`, and in `folder/model` a model for them."""
+    """Five pictures in `folder/pictures`, in `folder/model` a model for them, and beside these the shipped
+    configurations made small."""
     (folder / "pictures").mkdir()
     for number in range(5):
         picture = Image.new("RGB", (32 + number, 40), "white")
@@ -64,19 +66,23 @@ def make(folder: Path) -> Path:
     text = TextEncoder(TextConfig(width=16, layers=2, heads=2, mlp_width=32))
     parts = [randomised(each) for each in (UNet(UNET), AutoencoderKL(stage), text)]
     Pipeline(*parts, DiffusionConfig(prediction="v"), device="cpu").save(folder / "model", torch.float32)
+    given = [f"data.path={folder / 'pictures'}", f"model={folder / 'model'}", *RUN]
+    for task, (_, _, shipped) in TASKS.items():
+        own = {"lora": LORA, "dreambooth": PRIOR, "textual-inversion": []}[task]
+        config = OmegaConf.merge(OmegaConf.load(find_config(shipped)), OmegaConf.from_dotlist([*given, *own]))
+        OmegaConf.save(config, folder / f"{task}.yaml")
     return folder
 
 
 def options(task: str, folder: Path, out: Path, *more: str) -> list[str]:
     """The command; `more` overrides."""
-    own = {"lora": LORA, "dreambooth": PRIOR, "textual-inversion": []}[task]
-    given = [f"data.path={folder / 'pictures'}", f"model={folder / 'model'}", f"run.out={out}"]
-    return [task, TASKS[task][2], *given, *RUN, *own, *more]
+    return [task, str(folder / f"{task}.yaml"), f"run.out={out}", *more]
 
 
 def task_of(task: str, folder: Path, out: Path, *more: str):
-    cls, config, file = TASKS[task]
-    return cls(load_config(config, file, options(task, folder, out, *more)[2:]))
+    cls, config, _ = TASKS[task]
+    _, file, *overrides = options(task, folder, out, *more)
+    return cls(load_config(config, file, overrides))
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:

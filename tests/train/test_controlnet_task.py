@@ -1,6 +1,9 @@
 """Training a ControlNet: the model stays as it is, hints teach, a run resumes exactly, its file steers."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,9 +201,39 @@ def test_control_errors_of_the_picture_itself_and_of_another(folder):
     assert 0.2 < errors["error"] <= 2 and 0 < errors["difference"] < 0.2
 
 
+def test_two_processes_and_pieces_train_what_one_does(folder, tmp_path):
+    """DDP and FSDP2 by torchrun against one process with twice the parts; hints and captions vary."""
+    common = ["run.steps=2", "run.validate_every=0", "controlled=0", "hints.thick=0.5", "run.batch=4"]
+    assert train(options(folder, tmp_path / "one", *common, "run.accumulate=2")) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "train"]
+    for parallel in ("ddp", "fsdp"):
+        command = options(folder, tmp_path / parallel, *common, f"run.parallel={parallel}")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *command], capture_output=True, text=True, env=environment, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+    one, *others = (
+        load_weights(tmp_path / name / "model" / "controlnet.safetensors")[0]
+        for name in ("one", "ddp", "fsdp")
+    )
+    for other in others:
+        for name, tensor in one.items():
+            torch.testing.assert_close(
+                other[name].float(), tensor.float(), atol=2e-6, rtol=1e-3
+            )  # fp16 files
+
+
+def test_a_dry_run_tells_the_memory_of_a_step(folder, tmp_path, capsys):
+    assert train([*options(folder, tmp_path / "run"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "activations of 4 images" in told and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["run.parallel=fsdp", "unlock_decoder=true"], "run.parallel=fsdp needs unlock_decoder=false"),
         (["hints.annotators=[cany]"], "no annotator 'cany'; did you mean canny?"),
         (["hint_widths=[16,32,96]"], "is for an autoencoder with factor 4, this one has 2"),
         (["preview.prompts=[a]"], "previews of a ControlNet show held-out hints"),

@@ -281,7 +281,7 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
         ("textual-inversion", ["forms=[gif]"], "forms"),
         ("lora", ["lora.rank=0"], "rank must be at least 1"),
         ("lora", ["lora=null"], "both null"),
-        ("lora", ["lora.targets=[*.to_qq]"], "near it: *.to_q"),
+        ("lora", ['lora.targets=["*.to_qq"]'], "near it: *.to_q"),
         ("lora", ["forms=[loha]"], "loha"),
         ("lora", ["prior.weight=1.0"], "subject.noun"),
         ("lora", ["subject.identifier=''"], "needs a name"),

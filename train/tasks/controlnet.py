@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm.config import to_dict
 from ldm.diffusion.loss import LossConfig
 from ldm.diffusion.noising import NoiseConfig
+from ldm.models.clip import TextEncoder
 from ldm.models.compiled import compile_blocks
 from ldm.models.controlled import Control
 from ldm.models.controlnet import HINT_WIDTHS, ControlNet
@@ -100,7 +101,7 @@ class ControlNetTask(OnModelTask):
 
     def __init__(self, config: ControlNetTaskConfig):
         for annotator in config.hints.annotators:
-            parse_annotator(annotator)  # refuses now what the first picture would refuse
+            parse_annotator(annotator)  # refuses now a kind or an option that is unknown
         super().__init__(config)
         self.read_once(self.images.captions + self.heldout_images.captions)
         torch.manual_seed(derive(config.run.seed, "initialisation"))
@@ -115,6 +116,8 @@ class ControlNetTask(OnModelTask):
         if config.run.compile:
             self.trained = ControlledUNet(compile_blocks(self.unet), compile_blocks(self.controlnet))
         self.sharded = (self.controlnet,)
+        if config.run.parallel == "fsdp" and config.unlock_decoder:
+            raise ValueError("run.parallel=fsdp needs unlock_decoder=false: the model itself is not cut up")
         self.players = {"model": Player(networks, self.loss, seen=self.seen)}
         self.uncontrolled: dict[str, float] | None = None  # control error of the model itself
 
@@ -138,6 +141,18 @@ class ControlNetTask(OnModelTask):
         varied = drawn(hints, self.config.hints, self.config.run.seed, *key) if key[0] == "train" else None
         told["hint"] = (hints[:, 0].float() / 255 if varied is None else varied).to(self.device)
         return told
+
+    def rehearse(self, player: str, images: int) -> Tensor:
+        """For `rehearsal.py`."""
+        size, unet = self.config.data.size, self.unet.config
+        x0 = torch.empty(images, *self.base.latent_shape((size, size)), device=self.device)
+        told = {"hint": torch.empty(images, 3, size, size, device=self.device)}
+        if isinstance(self.text_encoder, TextEncoder):
+            told["context"] = torch.empty(
+                images, self.text_encoder.config.context_length, unet.context_dim or 0, device=self.device
+            )
+        t = torch.zeros(images, dtype=torch.int64, device=self.device)
+        return self.trained(x0, t, **told).square().mean()
 
     def validate(self) -> dict[str, float]:
         """Losses of held-out pictures, and how far pictures of their hints are from these."""
