@@ -29,8 +29,8 @@ HELD_OUT = (
 NOTICE = """\
 # Emoji of one drawing style
 
-{count} pictures of {size} x {size} pixels, RGB on white, written by `ldm-train prepare style`.
-`metadata.jsonl` has a row for each: file_name, text (its caption), concept, style, split ("train" or "heldout_image").
+{count} pictures of {size} x {size} pixels, RGB on white, written by `ldm-train prepare style`. A row of
+`metadata.jsonl` for each: file_name, text (its caption), concept, style, split ("train" or "heldout_image").
 
 Twemoji, graphics by Twitter, Inc. and other contributors, from npm {package}: CC BY 4.0
 (https://creativecommons.org/licenses/by/4.0/). The pictures were resized and composited on white.

@@ -30,7 +30,7 @@ WORD = "<cat-toy>"
 PROMPT = f"a photo of {WORD}"
 COMMANDS: dict[str, list[str]] = {
     "txt2img": ["txt2img", PROMPT],
-    "img2img": ["img2img", "init.png", PROMPT, "--strength", "0.7"],
+    "img2img": ["img2img", "init.png", PROMPT, "--strength", "0.9"],
     "inpaint": ["inpaint", "init.png", "mask.png", PROMPT],
     "outpaint": ["outpaint", "init.png", PROMPT, "--right", "8", "--bottom", "16"],
     "hires": ["txt2img", PROMPT, "--hires", "40x48", "--hires-strength", "0.5"],
@@ -65,7 +65,7 @@ def write_files(pipe: Pipeline, folder: Path, form: str = "ldm") -> None:
     for part, module in (("unet", pipe.unet), ("text", pipe.text_encoder)):
         lora = add_lora(module, LoRAConfig(rank=2, targets=("transformer",)))
         for adapter in lora.adapters.values():
-            nn.init.normal_(adapter.up.data, std=0.5)
+            nn.init.normal_(adapter.up.data, std=1.0)
         weights[part] = lora.weights
         lora.remove()
     write_lora(weights, folder / "style.safetensors", configs, form)
@@ -115,14 +115,13 @@ def test_each_acts_and_can_be_left_out(
     def run(name: str, **options: list[str]) -> np.ndarray:
         return made(tmp_path / name, *COMMANDS[command], *[text for each in options.values() for text in each])
 
-    whole = run("whole", **OPTIONS)
-    for each in OPTIONS:
-        without = run(f"without {each}", **{**OPTIONS, each: []})
-        changed = np.abs(whole.astype(int) - without)
-        assert changed.max() >= 8, each
-        assert np.array_equal(run(f"no {each}", **{**OPTIONS, each: NOTHING[each]}), without), each
-    plain = run("plain")
+    whole, plain = run("whole", **OPTIONS), run("plain")
     assert np.array_equal(run("nothing", **NOTHING), plain)
+    for each in OPTIONS:
+        without = run(f"no {each}", **{**OPTIONS, each: NOTHING[each]})
+        assert np.abs(whole.astype(int) - without).max() >= 2, each
+        if command == "txt2img":
+            assert np.array_equal(run(f"without {each}", **{**OPTIONS, each: []}), without), each
     if command == "inpaint":  # what lies outside of the mask is nobody's
         assert np.array_equal(whole[:, :8], plain[:, :8])
     told = read_parameters(tmp_path / "whole" / "00000.png")
@@ -146,17 +145,16 @@ def test_one_of_several_again_and_the_same_from_python(own: Pipeline, folder: Pa
     [option] = made(tmp_path / "d", "txt2img", PROMPT, *[text for each in OPTIONS.values() for text in each])
     assert np.array_equal(tagged, option)
 
-    program = Pipeline(own.unet, own.autoencoder, own.text_encoder, own.schedule.config, device="cpu")
-    for added in [*own.loras.values()]:
+    for added in [*own.loras.values()]:  # of the command
         added.remove()
     own.remove_embedding(WORD)
-    lora = program.add_lora("style.safetensors", 0.6)
-    program.add_embedding("toy.safetensors")
+    lora = own.add_lora("style.safetensors", 0.6)
+    own.add_embedding("toy.safetensors")
     control = Control(controlnet(own), read_hint(folder / "hint.png"), 0.8)
     how: dict[str, Any] = {"steps": 2, "seed": 3, "guidance": 3.0, "wording": Wording(syntax="webui")}
-    [picture] = to_pil(program.txt2img(PROMPT, controls=[control], **how))
+    [picture] = to_pil(own.txt2img(PROMPT, controls=[control], **how))
     lora.remove()
-    program.remove_embedding(WORD)
+    own.remove_embedding(WORD)
     assert np.array_equal(np.array(picture), option)
 
 

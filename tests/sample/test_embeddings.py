@@ -212,3 +212,13 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert line.startswith("ldm-sample: error: ")
         assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--embedding creature` is a file that ships with a model, also under another word."""
+    file = write(tmp_path / "models" / "tiny" / "embedding" / "creature.safetensors", "<creature>")
+    monkeypatch.setattr("sample.adapters.SHIPPED", tmp_path / "models")
+    by_name = run(tmp_path / "a", "a <creature>", "--embedding", "creature")
+    assert np.array_equal(by_name, run(tmp_path / "b", "a <creature>", "--embedding", file))
+    assert np.array_equal(by_name, run(tmp_path / "c", "a <x>", "--embedding", "creature=<x>"))
+    assert not np.array_equal(by_name, run(tmp_path / "d", "a <creature>"))

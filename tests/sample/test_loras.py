@@ -237,3 +237,32 @@ def test_mistakes_end_in_one_line_and_no_file(
 
 def test_plain_syntax_leaves_tags_alone(model: Path, tmp_path: Path) -> None:
     assert len(make(model, tmp_path, "a<lora:nothing:1>", "--syntax", "plain")) == 1
+
+
+def test_a_shipped_name(
+    model: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By option and tag without a folder; a folder that is given has the first word, `./name` is a file."""
+    shipped = tmp_path / "models" / "tiny" / "lora"
+    shipped.mkdir(parents=True)
+    (shipped / "style.safetensors").write_bytes((folder / "style.safetensors").read_bytes())
+    monkeypatch.setattr("sample.adapters.SHIPPED", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style").write_bytes(b"no LoRA")
+    assert located("style:0.8") == (shipped / "style.safetensors", 0.8)
+    assert located("style") == (shipped / "style.safetensors", 1.0)
+    assert located("./style") == (Path("style"), 1.0)
+    assert located("st*le") == (Path("st*le"), 1.0)
+    [option] = make(model, tmp_path / "option", "an apple", "--lora", "style:0.8")
+    [tag] = make(model, tmp_path / "tag", "an apple<lora:style:0.8>")
+    [path] = make(model, tmp_path / "path", "an apple", "--lora", f"{folder / 'style.safetensors'}:0.8")
+    assert np.array_equal(option, path)
+    assert np.array_equal(tag, path)
+    (tmp_path / "other").mkdir()
+    common = ["--model", str(model), "--adapters", str(tmp_path / "other")]
+    assert main(["txt2img", "an apple<lora:style>", *common]) == 2
+    assert "no 'style' in" in capsys.readouterr().err

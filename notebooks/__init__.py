@@ -1,0 +1,1 @@
+"""The course: numbered notebooks, the helper they import (`course.py`), and what runs and checks them."""
