@@ -80,9 +80,7 @@ def measure(args: argparse.Namespace) -> None:
             )
 
 
-def measured(
-    size: str, precision: str, rounds: int, warmup: int, estimates: dict[str, float]
-) -> list[Row]:
+def measured(size: str, precision: str, rounds: int, warmup: int, estimates: dict[str, float]) -> list[Row]:
     """A row a side; of Stable Diffusion's size each alone, as one process does not hold both."""
     large = size == "sd15"
     threads, told = torch.get_num_threads(), {"size": size, "precision": precision}
@@ -245,7 +243,8 @@ def alone(side: str, size: str, precision: str, rounds: int, threads: int) -> Ro
 
         return timed
 
-    memory_of(partial(start, "tiny"))
+    if size != "tiny":
+        memory_of(partial(start, "tiny"))
     seconds.clear(), cpu.clear()
     found: Row = memory_of(partial(start, size), calls=rounds + 1)
     return {**found, "seconds": seconds[1:], "cpu": cpu[1:]}

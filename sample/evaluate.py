@@ -17,7 +17,7 @@ With `--features` the samples of training captions are also compared with the tr
 (`metrics.py`), and all samples with the training pictures nearest to them. A faithful model draws what a
 training caption says, and that is near to its training picture: of repetition speak the held-out pairs.
 `--real DIR --fake DIR` does the same for two folders of pictures, without a model. `--control MODEL` asks
-whether hints are followed (`control_study.py`).
+whether hints are followed (`control_study.py`). `--lora` and `--embedding` ask all this of an adapted model.
 """
 
 import argparse
@@ -37,8 +37,10 @@ from ldm.metrics import psnr
 from ldm.weights.folder import weights_hash
 from ldm.weights.io import write_atomically
 from sample.cli import load_pipeline
+from sample.embeddings import use
 from sample.features import NAMES, Extractor, find_pictures, load_extractor, read_all
 from sample.images import grid, output_folder, read_rgb, save_new, to_pil
+from sample.loras import call
 from sample.metrics import require_enough, require_torchmetrics
 from sample.pipeline import Pipeline
 from sample.questions import Picture, Question, concepts_of, pick, read_images, read_rows
@@ -52,7 +54,7 @@ SHOWN = 64  # pictures in the grid, each beside its nearest neighbour
 @dataclass(frozen=True)
 class Study:
     """All that is known before anything is made. taught, heldout: rows that the model learned from, and that
-    no model did."""
+    no model did. adapters: what to record of LoRAs and embeddings."""
 
     pipe: Pipeline
     rows: list[Picture]
@@ -61,6 +63,7 @@ class Study:
     heldout: list[int]
     questions: list[Question]
     extractor: Extractor | None
+    adapters: dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,6 +124,7 @@ def prepare(args: argparse.Namespace) -> Study:
     output_folder(args.out)
     rows = read_rows(Path(args.data).expanduser())
     pipe = load_pipeline(args)
+    adapters = adapt(pipe, args, [row.text for row in rows])
     side = pipe.latent_shape()[1] * pipe.autoencoder.factor
     train = [i for i, row in enumerate(rows) if row.split == "train"]
     known = concepts_of(args.config) or {row.concept for row in rows}
@@ -138,7 +142,17 @@ def prepare(args: argparse.Namespace) -> Study:
         require_torchmetrics()
         require_enough(len(taught), len(questions[0].queries))
         extractor = load_extractor(args.features, args.feature_size, pipe.device)
-    return Study(pipe, rows, side, taught, heldout, questions, extractor)
+    return Study(pipe, rows, side, taught, heldout, questions, extractor, adapters)
+
+
+def adapt(pipe: Pipeline, args: argparse.Namespace, captions: list[str]) -> dict[str, Any]:
+    """Give the model the LoRAs and words of the options; returns what to record, a hash of each.
+
+    Raises FileNotFoundError, and ValueError as `loras.call` and `embeddings.use`.
+    """
+    words, called = use([pipe], args, captions), call(pipe, args, [("", "")])
+    called.start([""])  # all captions the same
+    return {**words, **called.record}
 
 
 class Real:
@@ -181,6 +195,7 @@ def settings_of(args: argparse.Namespace, study: Study, reference: Reference | N
         "size": [study.side, study.side],
         "weights": weights_hash(checkpoint.files) if checkpoint else "",
         "versions": versions(),
+        **study.adapters,
         **(reference.about() if reference is not None else {}),
     }
 
@@ -209,6 +224,8 @@ def compare_folders(args: argparse.Namespace) -> None:
     with together():
         if args.real is None or args.fake is None or args.data is not None:
             raise ValueError("--real DIR and --fake DIR go together, and without --data")
+        if args.lora or args.embedding:
+            raise ValueError("--lora and --embedding change a model; --real and --fake compare without one")
         if args.features is None:
             raise ValueError(f"--real and --fake need --features {NAMES}")
         if args.batch < 1:
@@ -252,7 +269,8 @@ def asked(args: argparse.Namespace) -> dict[str, Any]:
     left_out = {"command", "debug", "out"}
     if args.control is None:
         left_out |= {"control", "annotator", "hints"}
-    left_out |= {key for key in ("real", "fake", "features", "feature_size") if vars(args)[key] is None}
+    others = ("real", "fake", "features", "feature_size", "lora", "embedding")
+    left_out |= {key for key in others if vars(args)[key] is None}
     return {key: value for key, value in vars(args).items() if key not in left_out}
 
 

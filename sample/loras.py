@@ -147,7 +147,8 @@ def call(parts: Parts, args: argparse.Namespace, asked: Sequence[tuple[str, str]
     asked: prompt and negative prompt of each picture. Raises ValueError for a name that is twice in one
     prompt, a tag in a negative prompt and another form of tag, and as `add_lora` and `find_adapter`.
     """
-    tags, files = args.syntax != "plain", [located(text) for text in args.lora or ()]
+    tags = getattr(args, "syntax", "plain") != "plain"  # a command without it reads captions as they are
+    files = [located(text) for text in args.lora or ()]
     called = Called(parts, tags, tuple(Asked(path.stem, scale, scale) for path, scale in files))
     paths = {path.stem: path for path, _ in files}
     for prompt, negative in asked if tags else ():

@@ -258,13 +258,17 @@ def add_adapters(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--adapters", metavar="DIR", help="folder of the files that prompts name, such as <lora:name:0.8>"
     )
+    add_lora(group)
+    add_embedding(group)
+
+
+def add_lora(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--lora",
         action="append",
         metavar="FILE[:SCALE]",
         help="a style or subject for all pictures, from a file of any tool (1); may be repeated",
     )
-    add_embedding(group)
 
 
 def add_making(command: argparse.ArgumentParser) -> None:
@@ -514,4 +518,6 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of captions and pictures (%(default)s)")
     command.add_argument("--batch", type=int, default=16, help="pictures made at once (%(default)s)")
     command.add_argument("--out", default="outputs", metavar="DIR", help="where to write (%(default)s)")
+    add_lora(command)
+    add_embedding(command)
     add_model_options(command)

@@ -6,10 +6,13 @@ something near. Each gives `pipe.network`, what sampling evaluates; the weights 
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from ldm.models.compiled import compile_blocks
+from ldm.models.controlled import Control
 from ldm.models.deep_cache import DeepCache
 from ldm.models.fast_conv import fast_convolutions
 from ldm.models.token_merging import merging
@@ -52,6 +55,13 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
         unet = compile_blocks(unet)
     pipe.network = unet if args.deep_cache is None else DeepCache(unet, *cache_of(args.deep_cache))
     pipe.form = wanted
+
+
+def speed_up_controls(controls: Sequence[Control], args: argparse.Namespace) -> list[Control]:
+    """The same controls with their ControlNets compiled where the UNet is. Raises ValueError likewise."""
+    if not args.compile:
+        return list(controls)
+    return [replace(control, controlnet=compile_blocks(control.controlnet)) for control in controls]
 
 
 def cache_of(text: str) -> tuple[int, int]:

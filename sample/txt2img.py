@@ -34,7 +34,7 @@ from sample.pipeline import Pipeline, batches
 from sample.preview import PREVIEW
 from sample.recording import common_parameters, tell_differences
 from sample.settings import Sampling
-from sample.speed import speed_up
+from sample.speed import speed_up, speed_up_controls
 from sample.start import Start, depth_start, reads
 from sample.stream import checked_levels
 from sample.words import length_told
@@ -206,7 +206,7 @@ def prepare(args: argparse.Namespace, repeated: Repeated, read: Read, pipe: Pipe
     called = call(pipe, args, asked)
     warn(pipe, [(called.text(prompt), negative) for prompt, negative in asked], sampling)
     given = read(pipe, sampling)
-    sampling = replace(sampling, size=given.size)
+    sampling = replace(sampling, size=given.size, controls=speed_up_controls(controls, args))
     speed_up(pipe, args, given.size)
     looking = looking_of(args, pipe, out)
     common = {**common_parameters(args, pipe, given.size), **words, **called.record}

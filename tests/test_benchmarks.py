@@ -20,6 +20,7 @@ from benchmarks import (  # noqa: E402
     controlnet,
     convolutions,
     loading,
+    lora,
     options,
     sampling,
     training,
@@ -154,6 +155,30 @@ def test_controlnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["overhead"] == row["controlled_rounds"][0] / row["plain_rounds"][0] > 1
     assert 0 < ours["hint_seconds"] < ours["plain_seconds"]
     assert controlnet.config_of("sd15") == controlnet.ControlNetConfig()
+
+
+def test_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    ours, theirs = quick(lora, tmp_path, capsys)
+    assert (ours["what"], theirs["what"]) == lora.SIDES
+    for row in (ours, theirs):
+        assert row["difference"] < 1e-5  # of gradients, in float32
+        assert row["mib"] > 0
+        assert row["rounds"][0] > 0
+    assert ours["of_theirs"] == ours["mib"] / theirs["mib"]
+    assert ours["estimated_of_theirs"] < 0.95  # of so small a model; Stable Diffusion's: test_frozen.py
+    assert ours["bar"] == 0.9
+    with pytest.raises(ValueError, match=r"a step needs some \d+ MiB, of which \d+ are free"):
+        lora.require_memory(2.0**40)
+
+
+def test_gradients_of_a_lora_that_differ_are_told_apart() -> None:
+    pytest.importorskip("peft")
+    unet, adapters, other = lora.pair(lora.config_of("tiny"))
+    with torch.no_grad():
+        next(iter(adapters.adapters.values())).up *= 1.5
+    assert lora.difference(unet, adapters, other) > 1e-3
+    assert all(p.grad is None for p in unet.parameters() if not p.requires_grad)
 
 
 def test_convolutions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,18 @@ def test_the_stamp_follows_code_and_not_remarks() -> None:
     )
 
 
+def test_the_stamp_follows_the_named_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = Path("ldm/diffusion/schedule.py")
+    (tmp_path / named).parent.mkdir(parents=True)
+    source, stamp = (ROOT / named).read_text(encoding="utf-8"), checks.stamp(small())
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    (tmp_path / named).write_text("# A remark\n" + source, encoding="utf-8")
+    assert checks.stamp(small()) == stamp
+    (tmp_path / named).write_text(source.replace("SNAP = 1e-4", "SNAP = 1e-3"), encoding="utf-8")
+    assert checks.stamp(small()) != stamp
+    assert checks.stamp(small("x = 2")) != checks.stamp(small())
+
+
 def test_a_failing_cell_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "90_small.ipynb"
     execute.write(small("1 / 0"), path)
@@ -143,6 +155,15 @@ def test_a_failing_cell_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     assert execute.main(["90"]) == 2
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_notebook_with_a_fault_is_not_written(tmp_path: Path) -> None:
+    book, path = small(), tmp_path / "90_small.ipynb"
+    book.metadata.course.figures = 2
+    execute.write(book, path)
+    before = path.read_bytes()
+    assert execute.refresh(path) == ["1 figures, the metadata say 2"]
+    assert path.read_bytes() == before
 
 
 def test_a_solution_that_fails_is_told() -> None:

@@ -70,7 +70,9 @@ def write_files(pipe: Pipeline, folder: Path, form: str = "ldm") -> None:
         lora.remove()
     write_lora(weights, folder / "style.safetensors", configs, form)
     for name, word, seed in (("toy", WORD, 1), ("other", "<another>", 2)):
-        vectors = torch.randn(2, pipe.text_encoder.config.width, generator=torch.Generator().manual_seed(seed))
+        vectors = torch.randn(
+            2, pipe.text_encoder.config.width, generator=torch.Generator().manual_seed(seed)
+        )
         write_embeddings(folder / f"{name}.safetensors", [Embedding(word, vectors)])
 
 
@@ -113,7 +115,9 @@ def test_each_acts_and_can_be_left_out(
     """In a picture with the two others: without it another one, with nothing of it the one without it."""
 
     def run(name: str, **options: list[str]) -> np.ndarray:
-        return made(tmp_path / name, *COMMANDS[command], *[text for each in options.values() for text in each])
+        return made(
+            tmp_path / name, *COMMANDS[command], *[text for each in options.values() for text in each]
+        )
 
     whole, plain = run("whole", **OPTIONS), run("plain")
     assert np.array_equal(run("nothing", **NOTHING), plain)
@@ -198,11 +202,11 @@ def test_the_whole_picture_of_diffusers(build: Callable[..., Pipeline], tmp_path
     theirs.load_lora_weights(str(tmp_path), weight_name="style.safetensors")
     theirs.load_textual_inversion(str(tmp_path / "toy.safetensors"), token=WORD)
     hint = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    call: dict[str, Any] = dict(
-        image=hint, num_inference_steps=5, guidance_scale=4.0, controlnet_conditioning_scale=0.8,
-        height=32, width=32, latents=pipe.draw("image", (4, 8, 8), 5, range(1)), negative_prompt="an apple",
-        cross_attention_kwargs={"scale": 0.6},
-    )  # fmt: skip
+    call: dict[str, Any] = {
+        "image": hint, "num_inference_steps": 5, "guidance_scale": 4.0, "controlnet_conditioning_scale": 0.8,
+        "latents": pipe.draw("image", (4, 8, 8), 5, range(1)), "negative_prompt": "an apple",
+        "height": 32, "width": 32, "cross_attention_kwargs": {"scale": 0.6},
+    }  # fmt: skip
     latents = theirs(PROMPT, output_type="latent", **call).images
     picture = theirs(PROMPT, output_type="pt", **call).images
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ldm.metrics import distances, nearest_ranks, psnr, thumbnails
+from ldm.models.lora import LoRAConfig, add_lora
+from ldm.weights.embeddings import Embedding, write_embeddings
+from ldm.weights.lora_writing import write_lora
 from sample.__main__ import main
-from sample.images import read_parameters
+from sample.images import read_parameters, to_pil
 from sample.pipeline import Pipeline
 from sample.questions import Picture, Question, pick, read_images, read_rows
 
@@ -194,6 +197,45 @@ def test_a_tiny_model_end_to_end(
     expected = psnr(image, pipe.autoencoder.decode(pipe.autoencoder.encode(image).mode()))
     assert results(data)["results"]["heldout_psnr"] == pytest.approx(float(expected), abs=1e-4)
     assert f"autoencoder PSNR{float(expected):25.2f} dB" in capsys.readouterr().out
+
+
+def test_an_adapted_model(
+    data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures are those of the model with them, by hand; both are recorded, and nothing else changes."""
+    pipe = Pipeline.load(model, "cpu")
+    lora = add_lora(pipe.unet, LoRAConfig(rank=2))
+    for adapter in lora.adapters.values():
+        torch.nn.init.normal_(adapter.up.data)
+    write_lora({"unet": lora.weights}, tmp_path / "style.safetensors", {"unet": pipe.unet.config})
+    lora.set_scale(0.7)
+    write_embeddings(tmp_path / "word.safetensors", [Embedding("a thing", torch.randn(2, 16))])
+    pipe.add_embedding(tmp_path / "word.safetensors")
+    few = ("--captions", "3", "--steps", "1", "--batch", "4", "--seed", "3")
+    asked = [f"--lora={tmp_path / 'style.safetensors'}:0.7", f"--embedding={tmp_path / 'word.safetensors'}"]
+    sheets, settings = [], []
+    for more in ([], asked):
+        assert evaluate(data, model, *few, *more) == 0
+        sheets.append(np.array(Image.open(data.parent / "out" / f"evaluation-{len(sheets):04}.png")))
+        settings.append(results(data)["settings"])
+    plain, adapted = settings
+    told = {name: adapted.pop(name) for name in ("lora", "embedding", "lora_hashes", "embedding_hashes")}
+    assert plain == adapted
+    assert told["lora"] == [asked[0].removeprefix("--lora=")]
+    assert ([*told["lora_hashes"]], [*told["embedding_hashes"]]) == (["style"], ["a thing"])
+    assert "no prompt says" not in capsys.readouterr().err
+    rows = read_rows(data)
+    taught = [i for i, row in enumerate(rows) if row.split == "train"]
+    prompts = [rows[i].text for i in pick(taught, 3, 3)]
+    expected = to_pil(pipe.txt2img(prompts, seed=3, steps=1, guidance=4.0))
+    for i, picture in enumerate(expected):
+        assert np.array_equal(sheets[1][2:34, 2 + 68 * i : 34 + 68 * i], np.array(picture))
+        assert not np.array_equal(sheets[0][2:34, 2 + 68 * i : 34 + 68 * i], np.array(picture))
+    line = ["evaluate", "--real", "a", "--fake", "b", "--features", "thumbnails", asked[0]]
+    assert main(line) == 2
+    assert "--lora and --embedding change a model" in capsys.readouterr().err
+    assert evaluate(data, model, f"--lora={tmp_path / 'word.safetensors'}") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_set_without_anything_held_out(

@@ -1,4 +1,4 @@
-"""The LoRA that ships for "emoji": small, found by its name, and it draws a creature that the model never saw."""
+"""LoRA and word that ship for "emoji": small, found by name, and they draw a creature that it never saw."""
 
 from pathlib import Path
 
@@ -36,7 +36,10 @@ def from_nearest(images: Tensor, pictures: Tensor) -> Tensor:
 
 def test_all_of_it_is_small() -> None:
     files = [*SHIPPED.glob("emoji/lora/*"), *SHIPPED.glob("emoji/embedding/*")]
-    assert SHIPPED / "emoji" / "lora" / "creature.safetensors" in files
+    assert {file.parent.name + "/" + file.name for file in files} == {
+        "lora/creature.safetensors",
+        "embedding/creature.safetensors",
+    }
     assert sum(file.stat().st_size for file in files) <= 2 * 2**20
 
 
@@ -59,7 +62,20 @@ def test_the_subject_appears_and_its_class_stays(emoji: Pipeline, pictures: Tens
     assert (moved < 0.3 * from_nearest(before[4:], pictures)).all(), moved
 
 
-def test_the_command_of_the_readme(tmp_path: Path) -> None:
-    arguments = ["a sks alien, noto emoji", "--lora", "creature", "--steps", "2", "--out", str(tmp_path)]
-    assert main(["txt2img", *arguments]) == 0
+def test_the_word_alone_comes_nearer(emoji: Pipeline, pictures: Tensor) -> None:
+    """A violet body: a third nearer than what the model draws of a word that it does not know, and of an alien."""
+    how = HOW | {"guidance": 2.0}
+    before = emoji.txt2img(["<creature>", "an alien, noto emoji"], **how)
+    [word] = emoji.add_embedding(shipped_adapter("embedding", "creature"))
+    assert word == "<creature>"
+    after = emoji.txt2img([word] * 2, **how)
+    emoji.remove_embedding(word)
+    assert (from_nearest(after, pictures) < 0.67 * from_nearest(before, pictures).min()).all()
+
+
+def test_the_commands_of_the_readme(tmp_path: Path) -> None:
+    how = ["--steps", "2", "--out", str(tmp_path)]
+    assert main(["txt2img", "a sks alien, noto emoji", "--lora", "creature", *how]) == 0
+    assert main(["txt2img", "<creature>", "--embedding", "creature", *how]) == 0
     assert [*read_parameters(tmp_path / "00000.png")["lora_hashes"]] == ["creature"]
+    assert [*read_parameters(tmp_path / "00001.png")["embedding_hashes"]] == ["<creature>"]

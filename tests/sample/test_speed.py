@@ -1,6 +1,10 @@
 """The speed options through the command: each reaches the network that sampling evaluates, and does what it says."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +93,66 @@ def test_compiled(tmp_path: Path, used: list[Pipeline], compiled: list[UNet]) ->
     picture(tmp_path, "--compile")
     assert compiled == [used[0].unet]
     assert used[0].network is not used[0].unet
+
+
+# In a Python of its own, without the annotations; the eager backend traces all and translates nothing
+CONTROLLED = """
+import functools, json, sys
+import numpy as np
+import torch
+from PIL import Image
+from torch._dynamo.utils import counters
+from ldm.models.attention import SpatialTransformer
+from ldm.models.blocks import ResBlock
+from ldm.models.compiled import compile_blocks
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.weights.folder import save_part
+from sample import speed
+from sample.__main__ import main
+from sample.pipeline import Pipeline
+
+model, backend, given, pictures = *sys.argv[1:], [], []
+
+def compiling(network):
+    given.append(compile_blocks(network, backend))
+    return given[-1]
+
+speed.compile_blocks = compiling
+torch.manual_seed(0)
+net = ControlNet(ControlNetConfig(Pipeline.load(model, "cpu").unet.config, hint_widths=(4, 6, 8)))
+for parameter in net.parameters():
+    if parameter.ndim > 1:
+        torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+save_part("net.safetensors", net, torch.float32)
+Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save("hint.png")
+for more in ([], ["--control", "net.safetensors:hint.png"], ["--control", "net.safetensors:hint.png", "--compile"]):
+    out = f"out{len(pictures)}"
+    options = ["--model", model, "--steps", "2", "--device", "cpu", "--out", out]
+    assert main(["txt2img", "an apple", *options, *more]) == 0
+    pictures.append(np.array(Image.open(f"{out}/00000.png")).astype(int))
+plain, slow, fast = pictures
+blocks = [sum(isinstance(m, (ResBlock, SpatialTransformer)) for m in each.modules()) for each in given]
+ready = [sum("forward" in vars(m) for m in each.modules()) for each in given]
+kinds = [type(each).__name__ for each in given]
+off = [int(abs(plain - slow).max()), int(abs(fast - slow).max())]
+print(json.dumps([kinds, blocks, ready, off, dict(counters["graph_break"])]))
+"""
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_with_a_controlnet(backend: str, model: Path, tmp_path: Path) -> None:
+    """The blocks of both, and the picture is the same but for rounding."""
+    root = Path(speed.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    line = [sys.executable, "-c", CONTROLLED, str(model), backend]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds, blocks, ready, off, breaks = json.loads(done.stdout.splitlines()[-1])
+    assert kinds == ["ControlNet", "UNet"]
+    assert blocks == ready == [6, 12]
+    assert off[0] > 8
+    assert off[1] <= 1
+    assert breaks == {}
 
 
 def test_deep_cache(tmp_path: Path, used: list[Pipeline]) -> None:

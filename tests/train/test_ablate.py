@@ -370,7 +370,10 @@ def refused(command: list[str], capsys) -> str:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"task": "poem"}, "task must be one of autoencoder, diffusion, got 'poem'"),
+        (
+            {"task": "poem"},
+            "task must be one of autoencoder, diffusion, lora, dreambooth, textual-inversion, got 'poem'",
+        ),
         ({"arms": {"four": []}}, "at least two are compared, got 1"),
         ({"arms": {"four": [], "../x": []}}, "'../x' is a folder's name"),
         ({"arms": {"four": [], "..": []}}, "'..' is a folder's name"),

@@ -244,6 +244,17 @@ def test_a_joint_tower_starts_from_a_checkpoint_and_moves(folder, tmp_path):
     assert task.text_encoder.training and task.frozen_text is None
 
 
+def test_a_tower_that_will_be_cut_up_is_built_where_it_fits(folder, tmp_path, monkeypatch):
+    """`sharded.building_device`; a frozen one stays whole, where it reads."""
+    monkeypatch.setattr("train.tasks.diffusion.building_device", lambda run: torch.device("meta"))
+    joint, frozen = (
+        task_of(with_tower(folder, tmp_path / frozen, f"tower.frozen={frozen}"))
+        for frozen in ("false", "true")
+    )
+    assert {p.device.type for p in joint.text_encoder.parameters()} == {"meta"}
+    assert {p.device.type for p in frozen.frozen_text.tower.parameters()} == {"cpu"}
+
+
 def test_fine_tuning_starts_from_the_given_weights(folder, cached, tmp_path):
     """One run's model is another's start: all networks that are trained, and the pictures it makes."""
     start = f"init_from={cached}"

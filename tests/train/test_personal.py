@@ -9,6 +9,7 @@ import torch
 from personal import PRIOR, changed, make, options, task_of, weights, with_gradient
 from PIL import Image
 
+from ldm.models.frozen import LeanResBlock
 from ldm.models.lora import attach
 from ldm.models.textual_inversion import textual_inversion
 from ldm.weights.embeddings import read_embeddings
@@ -54,6 +55,26 @@ def test_a_lora_trains_itself_alone(folder, tmp_path, more):
         assert all(bool(factors.up.any()) for factors in lora.weights.values())
 
 
+@pytest.mark.parametrize("kind", ["lora", "textual-inversion"])
+def test_the_frozen_network_keeps_less_and_trains_the_same(folder, tmp_path, monkeypatch, kind):
+    """As it would be with torch's own layers; compiled, it has these."""
+    module = f"train.tasks.{kind.replace('-', '_')}"
+    more = ['lora.targets=[transformer,"*.conv1"]', "lora_text.rank=2"] if kind == "lora" else []
+    found = []
+    for lean in (True, False):
+        if not lean:
+            monkeypatch.setattr(f"{module}.lean", lambda network: network)
+        task = stepped(task_of(kind, folder, tmp_path, *more), 3)
+        lean_blocks = [isinstance(layer, LeanResBlock) for layer in task.unet.modules()]
+        assert any(lean_blocks) == lean
+        found.append(weights(task.players["model"].module))
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name], tensor, atol=1e-6 * float(tensor.abs().max()), rtol=0)
+    monkeypatch.undo()
+    compiled = task_of(kind, folder, tmp_path, *more, "run.compile=true")
+    assert not any(isinstance(layer, LeanResBlock) for layer in compiled.unet.modules())
+
+
 def test_textual_inversion_trains_the_new_rows_alone(folder, tmp_path):
     """Weight decay included: every other row, and every network, is bit-equal."""
     task = task_of("textual-inversion", folder, tmp_path)
@@ -68,6 +89,14 @@ def test_textual_inversion_trains_the_new_rows_alone(folder, tmp_path):
     now = task.words.module.vectors("<subject>")
     assert bool((now != vectors).all(dim=1).all())
     assert not torch.equal(now[0], now[3])
+
+
+def test_what_will_be_cut_up_is_built_where_it_fits(folder, tmp_path, monkeypatch):
+    """`sharded.building_device`: a whole network need not have room where its pieces run."""
+    monkeypatch.setattr("train.tasks.dreambooth.building_device", lambda run: torch.device("meta"))
+    task = task_of("dreambooth", folder, tmp_path, "train_text=true")
+    assert {p.device.type for p in task.players["model"].parameters.values()} == {"meta"}
+    assert {p.device.type for p in task.autoencoder.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("text", [False, True])

@@ -131,7 +131,9 @@ class DiffusionTask(DenoisingTask):
     def __init__(self, config: DiffusionTaskConfig):
         device = pick_device(config.run.device)
         autoencoder = place(open_checkpoint(config.autoencoder).require("autoencoder").load(), device)
-        given = None if config.tower is None else load_tower(config.tower).to(device)
+        moves = config.tower is not None and not config.tower.frozen
+        where = building_device(config.run) if moves else device
+        given = None if config.tower is None else load_tower(config.tower).to(where)
         if config.tower is not None and given is not None:
             check_width(config.unet, given.config, config.tower.checkpoint)
         text = config.text if given is None else given.config

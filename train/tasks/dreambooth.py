@@ -15,6 +15,7 @@ from torch import nn
 from train.conditioning import trained_networks
 from train.personal import PersonalConfig, PersonalTask
 from train.prior import PriorConfig
+from train.sharded import building_device
 from train.subject import SubjectConfig
 
 
@@ -45,12 +46,13 @@ class DreamBoothTask(PersonalTask):
         super().__init__(config)
 
     def _networks(self) -> nn.ModuleDict:
-        self.unet.requires_grad_(True).train()
+        where = building_device(self.config.run)
+        self.unet.to(where).requires_grad_(True).train()
         tower = self.base.text_encoder if self.config.train_text else None
         if self.config.train_text:
             if tower is None:
                 raise ValueError(f"train_text: {self.config.model} reads no text")
-            tower.requires_grad_(True).train()
+            tower.to(where).requires_grad_(True).train()
         networks = trained_networks(self.unet, tower)
         self.sharded = tuple(networks.values())
         return networks

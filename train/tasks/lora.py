@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.device import DTYPES
 from ldm.models.clip import TextEncoder
+from ldm.models.frozen import lean
 from ldm.models.lora import LoRA, LoRAConfig, add_lora
 from ldm.weights.lora import FORMS
 from ldm.weights.lora_writing import write_lora
@@ -110,6 +111,8 @@ class LoRATask(PersonalTask):
         if config.lora is not None:
             self.loras["unet"] = add_lora(self.unet, config.lora, seed=config.run.seed)
             networks["lora"] = Adapters(self.loras["unet"])
+        if not config.run.compile:  # which keeps what it wants itself
+            lean(self.unet)
         if config.lora_text is not None:
             if not isinstance(self.text_encoder, TextEncoder):
                 raise ValueError(f"lora_text needs a text tower of CLIP's form; {config.model} has none")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ldm.models.frozen import lean
 from train.personal import PersonalConfig, PersonalTask
 from train.subject import SubjectConfig
 from train.tokens import NewWords, TokensConfig, check_forms
@@ -46,6 +47,8 @@ class TextualInversionTask(PersonalTask):
 
     def _networks(self) -> nn.ModuleDict:
         self.words = NewWords(self.config.tokens, self.base, self.config.run.seed)
+        if not self.config.run.compile:  # which keeps what it wants itself
+            lean(self.unet)
         return nn.ModuleDict({"tokens": self.words.module})
 
     def _begin(self, step: int) -> None:
