@@ -36,7 +36,7 @@ from benchmarks.common import (
     ratio,
     report,
 )
-from benchmarks.unet import TOKENS, config_of
+from benchmarks.unet import TOKENS, config_of, network
 from ldm.device import DTYPES
 from ldm.models.frozen import lean
 from ldm.models.lora import LoRA, LoRAConfig, add_lora
@@ -158,8 +158,8 @@ def adapted(unet: Any) -> Any:
 def training(module: nn.Module, precision: str = "float32", optimised: bool = True) -> Step:
     """A step of either side: prediction, loss, way back, and AdamW unless it is left out."""
     config: Any = module.config
-    own = isinstance(module, UNet)
-    width = config.context_dim if own else config.cross_attention_dim
+    predict = network(module)
+    width = config.context_dim if isinstance(module, UNet) else config.cross_attention_dim
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, config.in_channels, config.sample_size, config.sample_size, generator=generator)
     noise = torch.randn(x.shape, generator=generator)
@@ -172,8 +172,7 @@ def training(module: nn.Module, precision: str = "float32", optimised: bool = Tr
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with cast():
-            predicted = module(x, t, context)
-            loss = F.mse_loss((predicted if own else predicted.sample).float(), noise)
+            loss = F.mse_loss(predict(x, t, context).float(), noise)
         loss.backward()
         if optimised:
             optimizer.step()
@@ -278,7 +277,7 @@ def estimate(side: str, config: UNetConfig) -> float:
         x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
         t, context = torch.empty(1, dtype=torch.long), torch.empty(1, TOKENS, config.context_dim or 0)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            module(x, t, context)
+            network(module)(x, t, context)
     for parameter in module.parameters():
         note(parameter.detach())
     return sum(size for size, _ in found.values()) / 2**20
