@@ -223,11 +223,11 @@ def test_what_is_done_is_kept(
     """After CTRL-C: the pictures made, and the table of these."""
     plain, made = sweep.make, []
 
-    def make(command: str, args: Any, pipe: Any, dry: bool = False) -> Any:
+    def make(command: str, args: Any, pipe: Any, weak: Any, dry: bool = False) -> Any:
         made.append(dry)
         if made.count(False) == 3:
             raise KeyboardInterrupt
-        return plain(command, args, pipe, dry)
+        return plain(command, args, pipe, weak, dry)
 
     monkeypatch.setattr(sweep, "make", make)
     config = write(tmp_path, model, axes={"seed": [0, 1, 2, 3]})
