@@ -159,7 +159,8 @@ def test_one_of_several_again_and_the_same_from_python(own: Pipeline, folder: Pa
     [picture] = to_pil(own.txt2img(PROMPT, controls=[control], **how))
     lora.remove()
     own.remove_embedding(WORD)
-    assert np.array_equal(np.array(picture), option)
+    difference = np.abs(np.asarray(picture, dtype=int) - option)
+    assert difference.max() <= 1  # other modules in memory: sums may be rounded otherwise
 
 
 def test_the_whole_picture_of_diffusers(build: Callable[..., Pipeline], tmp_path: Path) -> None:
