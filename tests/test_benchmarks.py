@@ -127,6 +127,7 @@ def test_training_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) 
     training.require_memory("13m", training.SIZES["13m"])
 
 
+@pytest.mark.slow
 def test_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = quick(loading, tmp_path, capsys, "--stored", "float32", "--dtype", "float16")
     assert [row["form"] for row in rows] == ["single file", "folder"]
@@ -157,6 +158,7 @@ def test_controlnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert controlnet.config_of("sd15") == controlnet.ControlNetConfig()
 
 
+@pytest.mark.slow
 def test_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     ours, theirs = quick(lora, tmp_path, capsys)

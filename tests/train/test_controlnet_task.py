@@ -201,6 +201,7 @@ def test_control_errors_of_the_picture_itself_and_of_another(folder):
     assert 0.2 < errors["error"] <= 2 and 0 < errors["difference"] < 0.2
 
 
+@pytest.mark.slow
 def test_two_processes_and_pieces_train_what_one_does(folder, tmp_path):
     """DDP and FSDP2 by torchrun against one process with twice the parts; hints and captions vary."""
     common = ["run.steps=2", "run.validate_every=0", "controlled=0", "hints.thick=0.5", "run.batch=4"]
