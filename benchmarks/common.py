@@ -174,6 +174,7 @@ def memory_of(build: Callable[[], Callable[[], Any]], calls: int = 2) -> dict[st
 
     The peak is that of the calls alone where the system can reset its mark (Linux), else of everything.
     """
+    gc.collect()  # what others left would else be freed in between, and count as less
     before = _memory("VmRSS")
     call = build()
     gc.collect()

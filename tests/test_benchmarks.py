@@ -271,6 +271,10 @@ def test_the_clock_sums_what_modules_of_a_name_take(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 def test_memory_is_the_peak_of_the_calls() -> None:
+    garbage: list[Any] = [torch.ones(32 * 2**20)]  # 128 MiB, which only the collector finds
+    garbage.append(garbage)
+    del garbage
+
     def build() -> Any:
         kept = torch.ones(16 * 2**20)  # 64 MiB
         return lambda: (kept + 1).sum()  # and as much again

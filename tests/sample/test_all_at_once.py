@@ -16,6 +16,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlled import Control
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.lora import LoRAConfig, add_lora
+from ldm.weights.controlnet import load_controlnet
 from ldm.weights.embeddings import Embedding, write_embeddings
 from ldm.weights.folder import save_part
 from ldm.weights.lora_writing import write_lora
@@ -61,6 +62,7 @@ def controlnet(pipe: Pipeline) -> ControlNet:
 def write_files(pipe: Pipeline, folder: Path, form: str = "ldm") -> None:
     """A LoRA of UNet and text tower, a word of two vectors, and one that nobody says."""
     assert pipe.text_encoder is not None
+    torch.manual_seed(5)
     weights, configs = {}, {"unet": pipe.unet.config, "text": pipe.text_encoder.config}
     for part, module in (("unet", pipe.unet), ("text", pipe.text_encoder)):
         lora = add_lora(module, LoRAConfig(rank=2, targets=("transformer",)))
@@ -154,13 +156,13 @@ def test_one_of_several_again_and_the_same_from_python(own: Pipeline, folder: Pa
     own.remove_embedding(WORD)
     lora = own.add_lora("style.safetensors", 0.6)
     own.add_embedding("toy.safetensors")
-    control = Control(controlnet(own), read_hint(folder / "hint.png"), 0.8)
+    # From the file as the command does: where weights lie in memory decides how some sums are rounded.
+    control = Control(load_controlnet("edges.safetensors"), read_hint(folder / "hint.png"), 0.8)
     how: dict[str, Any] = {"steps": 2, "seed": 3, "guidance": 3.0, "wording": Wording(syntax="webui")}
     [picture] = to_pil(own.txt2img(PROMPT, controls=[control], **how))
     lora.remove()
     own.remove_embedding(WORD)
-    difference = np.abs(np.asarray(picture, dtype=int) - option)
-    assert difference.max() <= 1  # other modules in memory: sums may be rounded otherwise
+    assert np.array_equal(np.asarray(picture), option)
 
 
 def test_the_whole_picture_of_diffusers(build: Callable[..., Pipeline], tmp_path: Path) -> None:
