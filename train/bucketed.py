@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Int64, UInt8
-from PIL import Image
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -152,10 +149,6 @@ def load_bucketed(
         skipped=skipped,
         summary=describe([sizes[index] for index in read], kinds, config.size) if rows else "no pictures",
     )
-
-
-def to_bytes(picture: Image.Image) -> UInt8[Tensor, "3 H W"]:
-    return rearrange(torch.from_numpy(np.array(picture)), "h w c -> c h w").contiguous()
 
 
 def fitting_size(entry: Entry, shapes: Sequence[Shape], config: DataConfig) -> Shape:

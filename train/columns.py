@@ -1,41 +1,70 @@
-"""Columns of metadata.jsonl beyond caption and style: "mask", how much each place of a picture counts in the
-loss, and "label", the number of its class. Read by `tasks/diffusion.py` for the pictures that `data.py` kept.
+"""What a set says of a picture beyond caption and style: "mask", how much each place counts in the loss,
+"label", the number of its class, "source", the picture that it is an edit of. Columns of metadata.jsonl or of
+a table, members of a shard's sample (`shards.py`, `tables.py`); read for the pictures that `data.py` kept.
 """
 
-import json
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import reduce
 from jaxtyping import Float32
 from torch import Tensor
 
-from train.buckets import Shape, read_cut
-from train.data import METADATA, DataConfig
+from train.buckets import Shape
+from train.data import METADATA, DataConfig, list_set
+from train.entries import Entry, Stored, unsafe
+from train.reading import read_picture
+from train.shards import names_shards
+from train.tables import TABLE
+
+
+def place_of(config: DataConfig) -> str:
+    """Where the columns of a set stand, for errors."""
+    if config.path.startswith(TABLE) or names_shards(config.path):
+        return config.path
+    return str(Path(config.path).expanduser() / METADATA)
 
 
 def read_column(config: DataConfig, column: str, files: list[str]) -> list[Any]:
-    """What metadata.jsonl says in `column` of each of `files` (paths in its folder), None where nothing.
+    """What the set says in `column` of each of `files` (names as `ImageFolder.files`), None where nothing.
 
-    The rows themselves are checked by `data.load_images`. Raises ValueError for a folder without
-    metadata.jsonl, where no row has that column, and where two rows of one picture differ in it.
+    Raises ValueError for a folder without metadata.jsonl, where no picture has that column, and where two
+    rows of one picture differ in it.
     """
-    path = Path(config.path).expanduser() / METADATA
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist, and so no picture has a {column!r}")
+    place = place_of(config)
+    if place.endswith(METADATA) and not Path(place).is_file():
+        raise ValueError(f"{place} does not exist, and so no picture has a {column!r}")
+    listing = list_set(config)
     values: dict[str, Any] = {}
-    for line in path.read_bytes().split(b"\n"):
-        row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
-        if column not in row:
+    for entry in listing.entries:
+        if entry.more is None or column not in entry.more:
             continue
-        file = PurePosixPath(row["file_name"]).as_posix()
-        if values.setdefault(file, row[column]) != row[column]:
-            raise ValueError(f"{path}: two rows of {file} differ in {column!r}")
+        file = entry.path.relative_to(listing.root).as_posix()
+        if values.setdefault(file, entry.more[column]) != entry.more[column]:
+            raise ValueError(f"{place}: two rows of {file} differ in {column!r}")
     if not values:
-        raise ValueError(f"{path}: no row has a column {column!r}")
+        raise ValueError(f"{place}: no row has a column {column!r}")
     return [values.get(file) for file in files]
+
+
+def picture_column(config: DataConfig, column: str, files: list[str]) -> list[Entry | None]:
+    """Where the pictures of `column` of `files` stand, none opened; None where a picture has none.
+
+    Raises ValueError for a name that leads out of the folder, and as `read_column`.
+    """
+    entries: list[Entry | None] = []
+    root = Path(config.path.removeprefix(TABLE)).expanduser()
+    for file, value in zip(files, read_column(config, column, files), strict=True):
+        if value is None:
+            entries.append(None)
+        elif isinstance(value, Stored):
+            entries.append(Entry(root / file, source=f"the {column} of {file}", stored=value))
+        elif not isinstance(value, str) or unsafe(value):
+            raise ValueError(f"{place_of(config)}: {column} {value!r:.60} is no file name inside the folder")
+        else:
+            entries.append(Entry(root / value))
+    return entries
 
 
 def load_masks(
@@ -43,21 +72,16 @@ def load_masks(
 ) -> Float32[Tensor, "N 1 h w"]:
     """Weights in [0, 1] of the latents' places: the mask's mean over the `factor` x `factor` pixels of each.
 
-    A mask is a picture file of the folder, white where the picture counts, of its picture's proportions (it
-    is cut and resized as the picture is: to a square, or to `shape`). A picture without one counts
-    everywhere. Raises ValueError for a mask that is no such file, and as `read_column`.
+    A mask is a picture, white where its picture counts, of its picture's proportions (it is cut and resized
+    as the picture is: to a square, or to `shape`). A picture without one counts everywhere. Raises ValueError
+    for a mask that cannot be read, and as `picture_column`.
     """
-    names, root = read_column(config, "mask", files), Path(config.path).expanduser()
     width, height = shape or (config.size, config.size)
     masks = torch.ones(len(files), 1, height // factor, width // factor)
-    for index, name in enumerate(names):
-        if name is None:
-            continue
-        if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
-            raise ValueError(f"{root / METADATA}: mask {name!r:.60} is no file name inside the folder")
-        picture = read_cut(root / name, (width, height))
-        pixels = torch.from_numpy(np.array(picture)).float() / 255  # (H, W, 3)
-        masks[index, 0] = reduce(pixels, "(h f) (w g) c -> h w", "mean", f=factor, g=factor)
+    for index, entry in enumerate(picture_column(config, "mask", files)):
+        if entry is not None:
+            pixels = torch.from_numpy(read_picture(entry, (width, height))).float() / 255  # (H, W, 3)
+            masks[index, 0] = reduce(pixels, "(h f) (w g) c -> h w", "mean", f=factor, g=factor)
     return masks
 
 
@@ -68,6 +92,6 @@ def load_labels(config: DataConfig, files: list[str], classes: int) -> list[int]
         if type(label) is not int or not 0 <= label < classes:
             told = "no label" if label is None else f"label {label!r:.60}"
             raise ValueError(
-                f"{config.path}/{METADATA}: {file} has {told}, a whole number in 0..{classes - 1} is needed"
+                f"{place_of(config)}: {file} has {told}, a whole number in 0..{classes - 1} is needed"
             )
     return labels

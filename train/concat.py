@@ -8,7 +8,7 @@ inpainting      Of each picture at each step a new mask, and the latents of the 
                 it. These cannot be kept on disk, a mask being drawn once: the encoder runs in every step, as
                 in the original; in exchange no mask is ever learned by heart.
 low_resolution  Each picture made small and bad at each step, one pixel a latent cell. No encoder runs.
-edit            A picture of column "source" of metadata.jsonl, which the picture shows edited; its latents
+edit            A picture of the set's column "source", which the picture shows edited; its latents
                 (the posterior's mode, unscaled) are encoded once and kept as those of the pictures are.
 
 Called by `tasks/diffusion.py`.
@@ -17,7 +17,7 @@ Called by `tasks/diffusion.py`.
 import io
 import math
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +40,12 @@ from sample.images import to_pil, to_tensor
 from sample.model import reads_text
 from sample.pipeline import Pipeline
 from sample.start import Start
-from train.bucketed import Ragged, in_parts, moments, to_bytes
-from train.buckets import Shape, read_cut
-from train.columns import read_column
-from train.data import METADATA, DataConfig, to_float
+from train.bucketed import Ragged, in_parts, moments
+from train.buckets import Shape
+from train.columns import picture_column, place_of
+from train.data import DataConfig, to_float
+from train.entries import Entry
+from train.reading import read_picture, to_pixels
 
 KINDS = ("inpainting", "low_resolution", "edit")
 DEGRADATIONS = ("bicubic", "camera")
@@ -126,7 +128,7 @@ class Concat:
     ) -> Tensor | Ragged:
         """What the channels of a split are made of, a row a picture: pixels (uint8), or latents to edit.
 
-        Raises ValueError as `source_files`, and for one that is no picture.
+        Raises ValueError as `source_entries`, and for one that is no picture.
         """
         if self.config.kind != "edit":
             return pixels
@@ -176,29 +178,25 @@ class Concat:
         return channels.masked_fill(gone.to(channels.device)[:, None, None, None], 0)
 
 
-def source_files(data: DataConfig, files: list[str]) -> list[Path]:
-    """The files that column "source" names for `files`, none opened.
+def source_entries(data: DataConfig, files: list[str]) -> list[Entry]:
+    """Where the pictures of column "source" of `files` stand, none opened.
 
-    Raises ValueError where one is missing or outside the folder, and as `columns.read_column`.
+    Raises ValueError where one is missing, and as `columns.picture_column`.
     """
-    root, paths = Path(data.path).expanduser(), []
-    names = read_column(data, "source", files) if files else []
-    for file, name in zip(files, names, strict=True):
-        if name is None:
-            raise ValueError(f"{root / METADATA}: {file} has no source, the picture that it is an edit of")
-        if not isinstance(name, str) or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
-            raise ValueError(f"{root / METADATA}: source {name!r:.60} is no file name inside the folder")
-        if not (root / name).is_file():
-            raise ValueError(f"{root / name}: no such file, the source of {file}")
-        paths.append(root / name)
-    return paths
+    entries = []
+    for file, entry in zip(files, picture_column(data, "source", files) if files else [], strict=True):
+        if entry is None:
+            raise ValueError(f"{place_of(data)}: {file} has no source, the picture that it is an edit of")
+        if not entry.stored and not entry.path.is_file():
+            raise ValueError(f"{entry.path}: no such file, the source of {file}")
+        entries.append(entry)
+    return entries
 
 
 def load_sources(data: DataConfig, files: list[str], shape: Shape) -> UInt8[Tensor, "N 3 H W"]:
     """The pictures of column "source" of `files`, cut and resized to `shape` (W, H) as these are."""
-    paths = source_files(data, files)
-    pixels = [to_bytes(read_cut(path, shape)) for path in paths]
-    return torch.stack(pixels) if pixels else torch.zeros(0, 3, shape[1], shape[0], dtype=torch.uint8)
+    pictures = [read_picture(entry, shape) for entry in source_entries(data, files)]
+    return to_pixels(pictures) if pictures else torch.zeros(0, 3, shape[1], shape[0], dtype=torch.uint8)
 
 
 def preview(

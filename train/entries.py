@@ -14,6 +14,7 @@ METADATA = "metadata.jsonl"
 SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_CAPTION_FILE = 1 << 20  # bytes; a caption is a sentence, a larger .txt is something else
 TEXT_COLUMNS = ("concept", "style", "split")  # of ours, beside the caption
+PICTURE_COLUMNS = ("mask", "source")  # read by `columns.py` where a task asks for them, as "label" is
 
 
 @runtime_checkable
@@ -34,6 +35,8 @@ class Entry:
     """One picture of a set, not read yet; `source` ("metadata.jsonl line 3") is for errors.
 
     path: of its file, or where it would stand if it had one: `stored` says where it stands instead.
+    more: what the set has in columns "label", "mask" and "source", not checked yet; of the last two a file
+    name or where the picture is stored.
     """
 
     path: Path
@@ -43,6 +46,7 @@ class Entry:
     split: str | None = None
     source: str = ""
     stored: Stored | None = None
+    more: dict[str, Any] | None = None
 
     def stamp(self) -> str:
         """Another one, whenever the picture is another; made without reading it."""
@@ -125,7 +129,9 @@ def _parse_row(row: Any, root: Path, caption_column: str, where: str) -> Entry:
     if told := unsafe(name):
         raise ValueError(f"file_name {name!r} {told}")
     caption = values[caption_column].strip()
-    return Entry(root / name, caption, values["concept"], values["style"], values["split"] or None, where)
+    more = {column: row[column] for column in ("label", *PICTURE_COLUMNS) if column in row} or None
+    kind = values["split"] or None
+    return Entry(root / name, caption, values["concept"], values["style"], kind, where, more=more)
 
 
 def text_columns(row: dict[str, Any], columns: tuple[str, ...]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Training sets in tar archives, as `webdataset` writes and reads them: a sample is the members of one key.
 
 `shards/000.tar` holds `KEY.jpg` (or .png, .webp, ...) with `KEY.txt`, its caption, or `KEY.json` with the
-columns of metadata.jsonl ("text" or "caption", "concept", "style", "split"); the key goes to the first dot of
+columns of metadata.jsonl ("text" or "caption", "concept", "style", "split", "label"); `KEY.cls` is a label,
+too, `KEY.mask.png` and `KEY.source.png` are the pictures of those columns. The key goes to the first dot of
 the file's name. The headers are read once, for a list of where each picture stands (shard, offset, size);
 after that any picture can be read at any time, so that the order of training is that of any other set.
 Nothing is ever extracted: a member whose name leads out of a folder, a link or a device is skipped, and
@@ -15,10 +16,12 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from train.entries import (
     MAX_CAPTION_FILE,
     METADATA,
+    PICTURE_COLUMNS,
     SUFFIXES,
     TEXT_COLUMNS,
     Entry,
@@ -32,6 +35,7 @@ MAX_PICTURE_FILE = 1 << 28  # bytes
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MAX_SHARDS = 1_000_000
+TEXTS = ("txt", "json", "cls")  # read while a shard is listed
 KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -72,6 +76,7 @@ class Sample:
 
     key: str
     pictures: dict[str, Piece] = field(default_factory=dict)  # by suffix
+    others: list[tuple[str, Piece]] = field(default_factory=list)  # by column
     texts: dict[str, bytes] = field(default_factory=dict)
     refused: bool = False  # a member of it has been named already
 
@@ -159,6 +164,10 @@ def _entry(sample: Sample, shard: Path, caption_column: str) -> Entry:
         raise ValueError(f"{sample.key} has {told}")
     suffix, piece = next(iter(sample.pictures.items()))
     values = dict.fromkeys((caption_column, *TEXT_COLUMNS), "")
+    more: dict[str, Any] = {}
+    for column, other in sample.others:
+        if more.setdefault(column, other) is not other:
+            raise ValueError(f"{sample.key} has more than one {column}")
     if "json" in sample.texts:
         try:
             row = json.loads(sample.texts["json"].decode("utf-8-sig"))
@@ -167,6 +176,7 @@ def _entry(sample: Sample, shard: Path, caption_column: str) -> Entry:
             if caption_column not in row and "caption" in row:  # as img2dataset writes it
                 row[caption_column] = row["caption"]
             values = text_columns(row, (caption_column, *TEXT_COLUMNS))
+            more |= {"label": row["label"]} if "label" in row else {}
         except json.JSONDecodeError as error:
             raise ValueError(f"{sample.key}.json: not a JSON object ({error.msg})") from None
         except (ValueError, RecursionError) as error:
@@ -177,8 +187,13 @@ def _entry(sample: Sample, shard: Path, caption_column: str) -> Entry:
             caption = " ".join(sample.texts["txt"].decode("utf-8-sig").split())
         except UnicodeDecodeError:
             raise ValueError(f"{sample.key}.txt: not UTF-8 text") from None
-    file = shard / f"{sample.key}{suffix}"
-    return Entry(file, caption, values["concept"], values["style"], values["split"] or None, stored=piece)
+    if "cls" in sample.texts:
+        try:
+            more["label"] = int(sample.texts["cls"].decode("ascii"))
+        except ValueError:
+            raise ValueError(f"{sample.key}.cls: not a whole number") from None
+    file, kind = shard / f"{sample.key}{suffix}", values["split"] or None
+    return Entry(file, caption, values["concept"], values["style"], kind, stored=piece, more=more or None)
 
 
 def _samples(shard: Path, skipped: list[str]) -> Iterator[Sample]:
@@ -207,7 +222,9 @@ def _samples(shard: Path, skipped: list[str]) -> Iterator[Sample]:
                     # Two of one name count as two, too
                     slot = f".{suffix}" if f".{suffix}" not in sample.pictures else f".{suffix} again"
                     sample.pictures[slot] = Piece(shard, member.offset_data, member.size)
-                elif suffix in ("txt", "json"):
+                elif (column := _picture_column(suffix)) is not None:
+                    sample.others.append((column, Piece(shard, member.offset_data, member.size)))
+                elif suffix in TEXTS:
                     opened = tar.extractfile(member)  # a view of the archive, nothing is written
                     assert opened is not None
                     sample.texts[suffix] = opened.read(MAX_CAPTION_FILE)
@@ -224,6 +241,12 @@ def _samples(shard: Path, skipped: list[str]) -> Iterator[Sample]:
         yield sample
 
 
+def _picture_column(suffix: str) -> str | None:
+    """ "mask" for "mask.png"."""
+    column, _, kind = suffix.rpartition(".")
+    return column if column in PICTURE_COLUMNS and f".{kind}" in SUFFIXES else None
+
+
 def _refused(member: tarfile.TarInfo, end: int) -> str:
     """Why a member is not read, "" where it is: it is no plain file, has a bad name, or is not all there."""
     if member.type in KINDS:
@@ -234,7 +257,7 @@ def _refused(member: tarfile.TarInfo, end: int) -> str:
         return f"{told}, and is refused"
     if member.offset_data + member.size > end or member.size < 0:
         return "is cut short"
-    text = member.name.lower().endswith((".txt", ".json"))
+    text = member.name.lower().endswith(tuple(f".{suffix}" for suffix in TEXTS))
     if member.size > (MAX_CAPTION_FILE if text else MAX_PICTURE_FILE):
         return f"has {member.size} bytes, too many"
     return ""

@@ -2,15 +2,17 @@
 
 The folder is what `save_to_disk` wrote, or one of parquet files (or a single such file), or any other that
 `datasets.load_dataset` reads. Nothing is downloaded. The library keeps the tables on disk and reads rows when
-they are asked for; pictures are decoded here, as all others. It is the package's extra "data".
+they are asked for; pictures are decoded here, as all others. Columns "label" (whole numbers or classes),
+"mask" and "source" (pictures) are those of metadata.jsonl. It is the package's extra "data".
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ldm.weights.io import one_line
-from train.entries import TEXT_COLUMNS, Entry, Listing, file_stamp, text_columns
+from train.entries import PICTURE_COLUMNS, TEXT_COLUMNS, Entry, Listing, file_stamp, text_columns
 
 TABLE = "hf:"
 
@@ -68,7 +70,7 @@ def list_table(path: str, split: str, image_column: str, caption_column: str) ->
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such folder of a Hugging Face data set")
     try:
-        import datasets
+        import datasets  # noqa: F401  # by those below
     except ImportError:
         raise ValueError(
             f"data.path {path} needs the package datasets: pip install 'latent-diffusion-from-scratch[data]'"
@@ -88,9 +90,7 @@ def list_table(path: str, split: str, image_column: str, caption_column: str) ->
             known = ", ".join(map(repr, table.column_names))
             raise ValueError(f"{root}: no column {column!r} (data.{key}), only {known}")
     try:
-        pictures = table.select_columns([image_column]).cast_column(
-            image_column, datasets.Image(decode=False)
-        )
+        pictures = _pictures(table, image_column)
     except Exception as error:
         told = f"{root}: column {image_column!r} (data.image_column) has no pictures"
         raise ValueError(f"{told} ({one_line(str(error)):.140})") from None
@@ -99,6 +99,7 @@ def list_table(path: str, split: str, image_column: str, caption_column: str) ->
     columns += [caption_column] if caption_column and caption_column not in columns else []
     texts = table.select_columns(columns).with_format(None)[:] if columns else {}
     names = {column: _reading(table.features[column]) for column in columns}
+    more = _more(table, root, stamp)
     listing = Listing(root, [])
     for index in range(len(table)):
         try:
@@ -111,8 +112,43 @@ def list_table(path: str, split: str, image_column: str, caption_column: str) ->
         of_row = Row(pictures, image_column, index, root, stamp)
         name = root / f"{split}-{index:08d}"
         kind = values["split"] or None
-        listing.entries.append(Entry(name, caption, values["concept"], values["style"], kind, stored=of_row))
+        listing.entries.append(
+            Entry(
+                name, caption, values["concept"], values["style"], kind, stored=of_row, more=more.get(index)
+            )
+        )
     return listing
+
+
+def _pictures(table: Any, column: str) -> Any:
+    """A column alone, its pictures as bytes or file names."""
+    import datasets
+
+    return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def _more(table: Any, root: Path, stamp: str) -> dict[int, dict[str, Any]]:
+    """What each row has in columns "label", "mask" and "source", where the table has such columns."""
+    more: dict[int, dict[str, Any]] = defaultdict(dict)
+    if "label" in table.column_names and "int" in getattr(table.features["label"], "dtype", ""):
+        missing = -1 if type(table.features["label"]).__name__ == "ClassLabel" else None  # of no class
+        for index, label in enumerate(table.select_columns(["label"]).with_format(None)[:]["label"]):
+            if label not in (None, missing):
+                more[index]["label"] = label
+    for column in PICTURE_COLUMNS:
+        if column not in table.column_names:
+            continue
+        try:
+            pictures = _pictures(table, column)
+        except Exception:  # text, say, which happens to be called so
+            continue
+        index = 0
+        for part in pictures.with_format("arrow").iter(batch_size=1000):
+            for there in part[column].is_valid().to_pylist():  # asks no picture
+                if there:
+                    more[index][column] = Row(pictures, column, index, root, stamp)
+                index += 1
+    return more
 
 
 def _opened(root: Path) -> Any:

@@ -18,6 +18,8 @@ from PIL import Image
 from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
 from ldm.weights.io import save_weights
 from train.cache import cached_moments, fingerprint
+from train.columns import load_labels, load_masks
+from train.concat import load_sources
 from train.data import DataConfig, ImageFolder, load_images
 from train.reading import Ahead, Reader, images_per_second
 from train.shards import expand, names_shards
@@ -541,3 +543,89 @@ class TestStreaming:
             self.quietly(streamed).pixels, self.quietly(replace(streamed, stream=False)).pixels
         )
         require_whole(images.pixels)  # of a file that is no more
+
+
+class TestOtherColumns:
+    """Labels, masks and sources: of shards and of tables as of a folder of the same pictures."""
+
+    LABELS = (2, 0, None, 1)
+
+    def folder(self, root):
+        rows = []
+        for number, label in enumerate(self.LABELS):
+            row = {"file_name": f"{number}.png", "text": ""} | ({} if label is None else {"label": label})
+            (root / f"{number}.png").write_bytes(picture(number))
+            for column, there in (("mask", number % 2), ("source", number > 0)):
+                if there:
+                    (root / f"{number}.{column}.png").write_bytes(picture(100 + number))
+                    row[column] = f"{number}.{column}.png"
+            rows.append(row)
+        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return rows
+
+    def the_same(self, folder, other, names):
+        """Both sets list the pictures in one order, under other names."""
+        ours = [f"{number}.png" for number in range(4)]
+        assert torch.equal(load_masks(other, names, 2), load_masks(folder, ours, 2))
+        assert load_masks(other, names, 2).min() < 0.9  # none of the four counts everywhere
+        assert torch.equal(load_sources(other, names[1:], (8, 8)), load_sources(folder, ours[1:], (8, 8)))
+        kept = [0, 1, 3]
+        assert load_labels(other, [names[n] for n in kept], 3) == [2, 0, 1]
+        for file in (names[2], ours[2]):
+            with pytest.raises(ValueError, match=r"2.* has no label, a whole number in 0..2 is needed"):
+                load_labels(folder if file == ours[2] else other, [file], 3)
+        with pytest.raises(ValueError, match=r"0.* has no source, the picture that it is an edit of"):
+            load_sources(other, names, (8, 8))
+
+    def test_shards(self, tmp_path):
+        self.folder(tmp_path)
+        members = []
+        for number, label in enumerate(self.LABELS):
+            for file in sorted(tmp_path.glob(f"{number}.*png")):
+                members.append((f"00{file.name}", file.read_bytes()))
+            if label is not None:
+                told = (
+                    (f"00{number}.cls", str(label))
+                    if number
+                    else (f"00{number}.json", json.dumps({"label": label}))
+                )
+                members.append((told[0], told[1].encode()))
+        shard = write_tar(tmp_path / "shards" / "0.tar", *members)
+        names = ImageFolder(config(shard)).files
+        assert names == [f"0.tar/00{number}.png" for number in range(4)]
+        self.the_same(config(tmp_path), config(shard), names)
+
+    def test_samples_that_say_two_things(self, tmp_path):
+        shard = write_tar(
+            tmp_path / "0.tar",
+            ("a.png", picture(0)), ("a.cls", b"one"),
+            ("b.png", picture(0)), ("b.mask.png", picture(0)), ("b.mask.jpg", picture(0)),
+            ("c.png", picture(0)), ("c.cls", b" 3\n"),
+        )  # fmt: skip
+        folder = ImageFolder(config(shard))
+        assert folder.files == ["0.tar/c.png"]
+        assert folder.skipped == [f"{shard}: a.cls: not a whole number", f"{shard}: b has more than one mask"]
+        assert load_labels(config(shard), folder.files, 4) == [3]
+        with pytest.raises(ValueError, match="0.tar: no row has a column 'mask'"):
+            load_masks(config(shard), folder.files, 2)
+
+    @pytest.mark.parametrize("named", [False, True])
+    def test_tables(self, tmp_path, named):
+        datasets = pytest.importorskip("datasets")
+        rows = self.folder(tmp_path)
+
+        def content(name):
+            return {"bytes": (tmp_path / name).read_bytes(), "path": None} if name else None
+
+        labels = [-1 if label is None and named else label for label in self.LABELS]
+        columns = {"image": [content(row["file_name"]) for row in rows], "text": [""] * 4, "label": labels}
+        columns |= {column: [content(row.get(column)) for row in rows] for column in ("mask", "source")}
+        table = datasets.Dataset.from_dict(columns)
+        for column in ("image", "mask", "source"):
+            table = table.cast_column(column, datasets.Image())
+        if named:
+            table = table.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+            table = table.select([3, 2, 1, 0]).select([3, 2, 1, 0])  # rows by a table of numbers
+        table.save_to_disk(tmp_path / "set")
+        other = config(f"hf:{tmp_path}/set")
+        self.the_same(config(tmp_path), other, ImageFolder(other).files)

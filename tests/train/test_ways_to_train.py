@@ -106,7 +106,9 @@ def test_columns_that_do_not_fit(made, tmp_path):
     folder = Path(made[0].removeprefix("data.path="))
 
     def config(*rows):
-        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "metadata.jsonl").write_text(
+            "".join(json.dumps({"text": "", **row}) + "\n" for row in rows)
+        )
         return DataConfig(str(tmp_path), size=32)
 
     shutil.copy(folder / "1.png", tmp_path)

@@ -35,7 +35,7 @@ from train import bucketed
 from train.bucketed import AnyImages, Ragged, largest
 from train.captions import check_captions
 from train.columns import load_labels
-from train.concat import Concat, ConcatConfig, check_channels, source_files
+from train.concat import Concat, ConcatConfig, check_channels, source_entries
 from train.concat import preview as preview_of_pictures
 from train.conditioning import (
     FrozenText,
@@ -155,7 +155,7 @@ class DiffusionTask(DenoisingTask):
         if isinstance(tokenizer, Tokenizer) and config.caption_dropout < 1:
             check_captions(self.images.captions, self.images.files, tokenizer, config.data.path)
         if config.concat is not None and config.concat.kind == "edit":  # refuses now what a step would refuse
-            source_files(config.data, self.images.files + self.heldout_images.files)
+            source_entries(config.data, self.images.files + self.heldout_images.files)
         if config.tower is not None and given is not None and config.tower.frozen:
             captions = self.images.captions + self.heldout_images.captions[: config.validation_size]
             cache = Path(config.run.out) / "cache" if config.tower.cache else None
