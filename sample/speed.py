@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 
 from ldm.models.compiled import compile_blocks
 from ldm.models.controlled import Control
 from ldm.models.deep_cache import DeepCache
-from ldm.models.fast_conv import fast_convolutions
+from ldm.models.fast_conv import fast_convolutions, kernel_bytes
 from ldm.models.token_merging import merging
+from ldm.models.unet import UNetConfig
 from ldm.models.variants import sharing
+from sample.control import check
 from sample.model import reads_text
 from sample.parts import Parts
 
@@ -35,16 +38,11 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
     if args.fast_conv:
         if not (pipe.device.type == "cpu" and pipe.dtype == torch.float32):
             raise ValueError(f"--fast-conv is for float32 on the CPU, got {pipe.dtype} on {pipe.device}")
-        batch, config, shape = min(args.batch, args.n), pipe.unet.config, pipe.latent_shape(size)
-        x = torch.zeros(batch, config.in_channels, *shape[1:])
-        tokens = getattr(pipe.tokenizer, "context_length", 1)
-        width = config.context_dim if reads_text(config) else None
-        context = None if width is None else torch.zeros(2 * batch, tokens, width)
-        y = None if config.num_classes is None else torch.zeros(batch, dtype=torch.long)
-        unet, found = fast_convolutions(unet, args.fast_conv, x, torch.zeros(batch), context, y)
+        x, t, context, y = _inputs(pipe, pipe.unet.config, args, size)
+        unet, found = fast_convolutions(unet, args.fast_conv, x, t, context, y)
         print(f"UNet: {found}", file=sys.stderr)
         left = args.fast_conv - found.bytes / 1e9
-        z = torch.zeros(batch, pipe.autoencoder.config.z_channels, *shape[1:])
+        z = torch.zeros(len(x), pipe.autoencoder.config.z_channels, *x.shape[2:])
         decoder, found = fast_convolutions(pipe.autoencoder.decoder, left, z)
         print(f"decoder: {found}", file=sys.stderr)
         pipe.autoencoder = sharing(pipe.autoencoder)
@@ -57,11 +55,40 @@ def speed_up(pipe: Parts, args: argparse.Namespace, size: tuple[int, int]) -> No
     pipe.form = wanted
 
 
-def speed_up_controls(controls: Sequence[Control], args: argparse.Namespace) -> list[Control]:
-    """The same controls with their ControlNets compiled where the UNet is. Raises ValueError likewise."""
-    if not args.compile:
-        return list(controls)
-    return [replace(control, controlnet=compile_blocks(control.controlnet)) for control in controls]
+def speed_up_controls(
+    pipe: Parts, controls: Sequence[Control], args: argparse.Namespace, size: tuple[int, int]
+) -> list[Control]:
+    """The same controls, their ControlNets in the form that `speed_up` gave the UNet: compiled, with fast
+    convolutions in what memory those of UNet and decoder leave. Raises ValueError as `control.check`."""
+    check(pipe, controls)
+    left = args.fast_conv
+    if left and controls:
+        assert isinstance(pipe.network, nn.Module), "checked above"
+        left -= (kernel_bytes(pipe.network) + kernel_bytes(pipe.autoencoder.decoder)) / 1e9
+    found = []
+    for control in controls:
+        net = control.controlnet
+        if args.fast_conv:
+            x, t, context, y = _inputs(pipe, net.config.unet, args, size)
+            features = torch.zeros(1, net.config.unet.model_channels, *x.shape[2:])
+            net, fast = fast_convolutions(net, max(left, 0.0), x, t, context, features, y)
+            print(f"ControlNet: {fast}", file=sys.stderr)
+            left -= fast.bytes / 1e9
+        found.append(replace(control, controlnet=compile_blocks(net) if args.compile else net))
+    return found
+
+
+def _inputs(
+    pipe: Parts, config: UNetConfig, args: argparse.Namespace, size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x, t, context and y of the shapes that a network sees in a batch."""
+    batch = min(args.batch, args.n)
+    x = torch.zeros(batch, config.in_channels, *pipe.latent_shape(size)[1:])
+    tokens = getattr(pipe.tokenizer, "context_length", 1)
+    width = config.context_dim if reads_text(config) else None
+    context = None if width is None else torch.zeros(2 * batch, tokens, width)
+    y = None if config.num_classes is None else torch.zeros(batch, dtype=torch.long)
+    return x, torch.zeros(batch), context, y
 
 
 def cache_of(text: str) -> tuple[int, int]:

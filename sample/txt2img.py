@@ -206,8 +206,9 @@ def prepare(args: argparse.Namespace, repeated: Repeated, read: Read, pipe: Pipe
     called = call(pipe, args, asked)
     warn(pipe, [(called.text(prompt), negative) for prompt, negative in asked], sampling)
     given = read(pipe, sampling)
-    sampling = replace(sampling, size=given.size, controls=speed_up_controls(controls, args))
     speed_up(pipe, args, given.size)
+    controls = speed_up_controls(pipe, controls, args, given.size)
+    sampling = replace(sampling, size=given.size, controls=controls)
     looking = looking_of(args, pipe, out)
     common = {**common_parameters(args, pipe, given.size), **words, **called.record}
     tell_differences(repeated.recorded, common)

@@ -257,6 +257,12 @@ def fast_convolutions(
     return copy.deepcopy(module, substitutes), FastConvolutions(replaced, eligible)
 
 
+def kernel_bytes(module: nn.Module) -> int:
+    """Memory of the transformed kernels that a module has."""
+    layers = (layer for layer in module.modules() if isinstance(layer, WinogradConv2d))
+    return sum(layer.weight.nbytes for layer in layers)
+
+
 def conv_shapes(module: nn.Module, *inputs: Any, device: str = "cpu") -> dict[str, ConvShape]:
     """The float32 layers on the device that Winograd's form fits, by name, with what they see of `inputs`.
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.models.controlnet import ControlNet
 from ldm.models.deep_cache import DeepCache
-from ldm.models.fast_conv import WinogradConv2d, fast_convolutions
+from ldm.models.fast_conv import WinogradConv2d, fast_convolutions, kernel_bytes
 from ldm.models.token_merging import MergedAttention
 from ldm.models.unet import UNet
 from ldm.models.variants import sharing
@@ -148,11 +149,42 @@ def test_compiled_with_a_controlnet(backend: str, model: Path, tmp_path: Path) -
     done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     kinds, blocks, ready, off, breaks = json.loads(done.stdout.splitlines()[-1])
-    assert kinds == ["ControlNet", "UNet"]
-    assert blocks == ready == [6, 12]
+    assert kinds == ["UNet", "ControlNet"]
+    assert blocks == ready == [12, 6]
     assert off[0] > 8
     assert off[1] <= 1
     assert breaks == {}
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_fast_convolutions_of_controlnets(
+    tmp_path: Path, used: list[Pipeline], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within the one budget, UNet and decoder first; the same picture but for rounding."""
+    steered: list[ControlNet] = []
+    forward = ControlNet.forward
+    monkeypatch.setattr(
+        ControlNet, "forward", lambda self, *given: (steered.append(self), forward(self, *given))[1]
+    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        tmp_path / "hint.png"
+    )
+    control = ["--control", f"emoji_edges:{tmp_path / 'hint.png'}"]
+    plain = picture(tmp_path / "plain", *control)
+    steered.clear()
+    capsys.readouterr()
+    fast = picture(tmp_path / "fast", *control, "--fast-conv", 1)
+    told = capsys.readouterr().err
+    assert np.abs(fast - plain).max() <= 1
+    assert steered
+    assert kernel_bytes(steered[-1]) > 0
+    network = used[1].network
+    assert isinstance(network, UNet)
+    taken = kernel_bytes(network) + kernel_bytes(used[1].autoencoder.decoder)
+    assert re.search(r"ControlNet: [1-9]\d* of \d+ 3x3 convolutions", told)
+    steered.clear()
+    picture(tmp_path / "little", *control, "--fast-conv", taken / 1e9)  # nothing is left for a third
+    assert kernel_bytes(steered[-1]) == 0
 
 
 def test_deep_cache(tmp_path: Path, used: list[Pipeline]) -> None:
