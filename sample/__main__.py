@@ -1,7 +1,7 @@
 """`ldm-sample COMMAND ...`, or `python -m sample COMMAND ...`: where every walk through sampling starts.
 
 Only parses; each command is a function `run(args)` in the module of its name, imported (torch with it) when
-it is called. Its options are in `options.py`. Several processes share out the pictures of an evaluation:
+it is called. Its arguments are in `commands.py`. Several processes share out the pictures of an evaluation:
 `torchrun --nproc-per-node N -m sample evaluate ...`, see `ldm/distributed.py`.
 """
 
@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from sample import options
+from sample import commands
 from sample.cli import FAILED, Parser, report, tolerate_encodings
 
 COMMANDS = {
@@ -37,10 +37,10 @@ ALONE = (
 def parser() -> Parser:
     """The command line of `ldm-sample`."""
     main = Parser(prog="ldm-sample", description="Make and measure pictures with a latent diffusion model.")
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    choices = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
-        getattr(options, f"add_{name}")(command)
+        command = choices.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        getattr(commands, f"add_{name}")(command)
         command.set_defaults(parser=command)
     return main
 
@@ -48,7 +48,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = parser().parse_args(argv)
-    options.check(args)
+    commands.check(args)
     del args.parser  # what follows is values, which are written down
     tolerate_encodings()
     from ldm.distributed import Elsewhere, last_words, launched, together, world_size

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sample.cli import Parser
+from sample.commands import MAKERS
 from sample.images import read_parameters
-from sample.options import MAKERS
 from sample.recording import POSITIONAL, READING, SIDE, SOURCES
 from sample.txt2img import Repeated
 

@@ -15,7 +15,7 @@ import torch
 
 from ldm.weights.folder import weights_hash
 from sample.cli import Parser
-from sample.options import MAKERS
+from sample.commands import MAKERS
 from sample.parts import Parts
 
 # Options told whether used or not, where the command has them

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ldm.config import find_config, load_config
 from ldm.weights.io import write_atomically
-from sample import options as command_line
+from sample import commands as command_line
 from sample.arguments import sampling_of, weaker_of
 from sample.cli import Parser, load_pipeline
 from sample.images import output_folder, save_new

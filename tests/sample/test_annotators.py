@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from sample.annotators import KINDS, annotate, parse_annotator, regions, soft_edges
-from sample.options import ANNOTATORS
+from sample.commands import ANNOTATORS
 
 FREE = ("canny", "hough", "lsd", "scribble:edges=canny", "drawing", "silhouette", "segments", "colours")
 RED, BLUE, WHITE = (220, 30, 40), (20, 60, 200), (255, 255, 255)

@@ -10,8 +10,8 @@ import torch
 
 from sample import again
 from sample.cli import Parser
+from sample.commands import MAKERS
 from sample.images import web_ui_text
-from sample.options import MAKERS
 from sample.pipeline import Pipeline
 from sample.recording import ELSEWHERE, POSITIONAL, READING, SIDE, SOURCES, common_parameters
 

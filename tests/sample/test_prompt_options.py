@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from sample import txt2img
 from sample.__main__ import main
+from sample.commands import MAKERS
 from sample.images import read_parameters, to_pil, to_tensor
-from sample.options import MAKERS
 from sample.pipeline import Pipeline
 from sample.prompt_sources import expand
 from sample.settings import Wording
