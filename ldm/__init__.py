@@ -1,0 +1,1 @@
+"""Latent diffusion: configurations, models, mathematics of diffusion, losses, and weights of others."""
