@@ -1,7 +1,9 @@
 """What `ldm-train personalise` asks a model before and after it learned a subject.
 
-    similarity   mean cosine between pictures of the subject's name and the pictures that were learned;
+    similarity   mean cosine between pictures of the subject's name and the pictures that were learned, or
+                 the one of them that shows the same thing, where they share a style and nothing else;
                  of the model as it was ("base"), where the name is that of the class
+    unlearned    the same of other things in that style, whose pictures were held out
     fidelity     share of pictures of other, known captions that still show them (`evaluation.py`)
     drift        mean of 1 - cosine between pictures of the class's prompts before and after, of equal seeds:
                  0 where the class is what it was
@@ -11,7 +13,7 @@ network that is named. Pictures of emoji are all alike in that they are emoji: f
 of those of other things (`evaluate.others`), drawn by the model as it was.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from sample.pipeline import Pipeline
 from sample.questions import concepts_of
 from train.ablation_table import read_json, write_json
 from train.data import DataConfig
+from train.entries import list_images
 from train.evaluation import Evaluation, fidelity
 from train.tasks.dreambooth import DreamBoothTaskConfig
 
@@ -39,16 +42,20 @@ AT_ONCE = 12  # pictures drawn together
 class Asked:
     """What finished models are asked, the same of all.
 
-    prompts: with `{}` for the subject's name; class_prompts: with `{}` for the class's noun; others: of other
-    things, see above. each: pictures a prompt. features, side: as `ldm-sample evaluate --features` and
-    `--feature-size`. data, captions, config: the folder of `ldm-train prepare emoji`, how many captions
-    fidelity is of, and the training configuration whose concepts are known; without a folder there is no
-    fidelity.
+    prompts: with `{}` for the subject's name; references: for each of these the picture in the subject's
+    folder that it is compared with; none: all that were learned. unlearned: more such prompts, each with
+    its held-out picture in that folder, for the value of that name. class_prompts: with `{}` for the class's
+    noun; others: of other things, see above. each: pictures a prompt. features, side: as `ldm-sample
+    evaluate --features` and `--feature-size`. data, captions, config: the folder of `ldm-train prepare
+    emoji`, how many captions fidelity is of, and the training configuration whose concepts are known;
+    without a folder there is no fidelity.
     """
 
     prompts: tuple[str, ...]
     class_prompts: tuple[str, ...]
     others: tuple[str, ...]
+    references: tuple[str, ...] = ()
+    unlearned: dict[str, str] = field(default_factory=dict)
     each: int = 4
     features: str = "hed"
     side: int | None = None
@@ -66,8 +73,13 @@ class Asked:
             raise ValueError(
                 f"evaluate.each {self.each}, steps {self.steps}, captions {self.captions} must be at least 1"
             )
-        if unnamed := [text for text in self.prompts if "{}" not in text]:
-            raise ValueError(f"evaluate.prompts: {unnamed[0]!r} has no {{}} for the subject's name")
+        if len(self.references) not in (0, len(self.prompts)):
+            told = f"{len(self.references)} for {len(self.prompts)} prompts"
+            raise ValueError(f"evaluate.references: {told}; give one for each, or none")
+        if unnamed := [text for text in (*self.prompts, *self.unlearned) if "{}" not in text]:
+            raise ValueError(
+                f"evaluate.prompts and unlearned: {unnamed[0]!r} has no {{}} for the subject's name"
+            )
 
 
 def name_of(config: Any) -> str:
@@ -86,13 +98,20 @@ def judged(folder: Path, asked: Asked) -> bool:
 class Judge:
     """Asks models; what is the same for all is computed once, when it is first needed."""
 
-    def __init__(self, model: str, pictures: str, noun: str, asked: Asked):
-        """model: as it was; pictures: the folder that was learned; noun: of its class.
+    def __init__(self, model: str, pictures: str, noun: str, asked: Asked, caption_column: str = "text"):
+        """model: as it was; pictures: the folder that was learned; noun: of its class; caption_column: of
+        the folder's metadata.jsonl, where it has one.
 
-        Raises ValueError for a folder without pictures, and as `load_extractor`.
+        Raises ValueError for a folder without pictures, a reference that is not in it, and as
+        `load_extractor`.
         """
         self.model, self.noun, self.asked = model, noun, asked
-        self.files = find_pictures(Path(pictures).expanduser())
+        self.folder = Path(pictures).expanduser()
+        splits = {entry.path: entry.split for entry in list_images(self.folder, caption_column)}
+        self.files = [file for file in find_pictures(self.folder) if (splits.get(file) or "train") == "train"]
+        named = [self.folder / name for name in (*asked.references, *asked.unlearned.values())]
+        if missing := [file for file in named if not file.is_file()]:
+            raise ValueError(f"evaluate.references and unlearned: no picture {missing[0]}")
         self.device = pick_device("auto").type
         self.extractor = load_extractor(asked.features, asked.side, self.device)
 
@@ -139,14 +158,26 @@ class Judge:
         save_grid(made, folder / "subject.png", asked.each)
         save_grid(after, folder / "class.png", asked.each)
         values = {
-            "similarity": float((self._directions(to_pil(made)) @ self.subject.T).mean()),
+            "similarity": self.likeness(to_pil(made), asked.references),
             "drift": float(1 - (self._directions(to_pil(after)) * before).sum(dim=1).mean()),
         }
+        if asked.unlearned:
+            made = self._draw(pipe, tuple(asked.unlearned), name, asked.each, 0)
+            save_grid(made, folder / "unlearned.png", asked.each)
+            values["unlearned"] = self.likeness(to_pil(made), tuple(asked.unlearned.values()))
         if asked.data:
             told = DataConfig(asked.data, self.size, concepts=tuple(sorted(concepts_of(asked.config))))
             questions = Evaluation(captions=asked.captions, steps=asked.steps, seed=asked.seed)
             values["fidelity"] = fidelity(pipe, told, questions, asked.guidance)
         write_json(folder / JUDGED, {"settings": to_dict(asked), "values": values})
+
+    def likeness(self, pictures: list[Any], references: tuple[str, ...]) -> float:
+        """Mean cosine with all that were learned; or of `each` pictures of a prompt with its reference."""
+        if not references:
+            return float((self._directions(pictures) @ self.subject.T).mean())
+        own = self._directions([read_rgb(self.folder / name, self.size) for name in references])  # (R, D)
+        alike = self._directions(pictures).unflatten(0, (-1, self.asked.each)) * own[:, None]  # (R, each, D)
+        return float(alike.sum(dim=2).mean())
 
     def _class(self, pipe: Pipeline) -> Float[Tensor, "N 3 H W"]:
         return self._draw(pipe, self.asked.class_prompts, self.noun, self.asked.each, 1)

@@ -26,11 +26,17 @@ BASE = "base"
 OURS = ("run.out", "run.seed", "run.steps", "data.path", "model")  # set by the study
 MEANING = """\
 Mean over the seeds ± half of its 95 % confidence interval (Student's t). similarity: mean cosine of features
-between pictures drawn of the subject's name, with seeds and prompts not seen in training, and the pictures
-that were learned; rise: over the base, which is asked for the class instead. fidelity: share of pictures of
+between pictures drawn of the subject's name, with seeds and prompts not seen in training, and {likeness};
+rise: over the base, which is asked for the class instead. fidelity: share of pictures of
 other known captions that show them. drift: 1 - cosine between pictures of the class's prompts, equal seeds,
 of the base and of the trained model. parameters: those that are trained. s: wall clock of all steps, by the
 median speed of the log. file: what is written for sampling."""
+
+LEARNED = "the pictures\nthat were learned"
+PAIRED = "the\nlearned picture of the same thing"
+UNLEARNED = """\
+ unlearned: the same of things of which no picture was learned, with
+their pictures in the same style."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ def personalise(args: argparse.Namespace) -> int:
     command = shlex.join(["ldm-train", "personalise", args.config, *args.overrides])
     if args.out:
         command += f" --out {shlex.quote(str(args.out))}"
-    judge = Judge(study.model, study.pictures, study.noun, study.evaluate)
+    column = runs[0].config.data.caption_column
+    judge = Judge(study.model, study.pictures, study.noun, study.evaluate, column)
     if not args.table_only and not judged(out / BASE, study.evaluate):
         judge.base(out / BASE)
     for number, run in enumerate([] if args.table_only else runs, start=1):
@@ -137,7 +144,9 @@ def report(study: Study, runs: list[Run], out: Path, features: str, name: str, c
     arms, metrics = [arm for arm in arms if arm.results], list(base)
     title = f"Ways to personalise: {name}"
     table = markdown(base, arms, file_sizes(study, runs))
-    page = f"# {title}\n\n`{command}`\n\n{table}\n{MEANING} Features: {features}.\n\n![figure](figure.svg)\n"
+    meaning = MEANING.format(likeness=PAIRED if study.evaluate.references else LEARNED)
+    meaning += UNLEARNED if study.evaluate.unlearned else ""
+    page = f"# {title}\n\n`{command}`\n\n{table}\n{meaning} Features: {features}.\n\n![figure](figure.svg)\n"
     write_atomically(out / "table.md", page)
     rows = [
         {"arm": arm.name, "seed": seed, **result.metrics, "seconds": result.seconds}

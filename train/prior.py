@@ -8,6 +8,10 @@ class.
 Paper, XavierXiao's code and diffusers have the first, kohya's scripts the second. The pictures are made
 once, by all processes of a job, and kept in the run folder's cache; a function of model, prompts and
 settings.
+
+What is preserved is what the pictures show. Drawn with guidance they are more of the class than the model's
+own distribution, and whoever then draws the class with guidance exaggerates it twice: guidance 1 keeps the
+class as it is (measured in `configs/ablations/personalise.md`), with a model that draws well without.
 """
 
 import hashlib

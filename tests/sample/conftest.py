@@ -1,5 +1,6 @@
 """A tiny random model: 32 px pictures, 8x8 latents, a text tower of one layer; every weight counts."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def tiny(diffusion: DiffusionConfig | None = None, text: bool = True) -> Pipelin
 def build() -> Callable[..., Pipeline]:
     """Builds a tiny model of its own for a test: `build(DiffusionConfig(...), text=False)`."""
     return tiny
+
+
+@pytest.fixture(scope="session")
+def kept() -> Callable[..., Pipeline]:
+    """As `build`, but the same model for the same arguments. Tests must not change it."""
+    return functools.cache(tiny)
 
 
 @pytest.fixture(scope="session")

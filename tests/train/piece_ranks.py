@@ -102,8 +102,10 @@ def killed(folder):
     train(task(folder), False, "")
 
 
-def nan(folder):
-    train(task(folder, at={6: poisoned}, on_nonfinite="skip"), False, "")
+def bad(folder):
+    """The loss of step 7 is not finite in the last rank."""
+    at = {6: poisoned} if rank() == world_size() - 1 else {}
+    train(task(folder, at=at, on_nonfinite="skip"), False, "")
 
 
 def until(step, folder, copy):
@@ -130,6 +132,8 @@ def main(folder):
         ("from_plain", resumed, 4, "plain"),
     ):
         job(name, action, until(8, folder / start, folder / name), world)
+    for world in (1, 2):
+        job(f"bad{world}", bad, folder / f"bad{world}", world)
     job("no_room", no_room, folder / "no_room", 2)
     job("killed", killed, folder / "killed", 2)
     job("after", resumed, folder / "killed", 2)

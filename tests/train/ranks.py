@@ -172,7 +172,7 @@ def diffusion_task(folder, out, **values):
             "model_channels": 8,
             "channel_mult": [1, 2],
             "num_res_blocks": 1,
-            "attention_resolutions": [2],
+            "attention_resolutions": [],  # in the middle only: DTensor takes long for each new list of weights
             "context_dim": 8,
             "num_heads": 2,
             "norm_groups": 4,
@@ -220,16 +220,6 @@ def bfloat16(folder):
 
 def in_pieces_resumed(folder):
     train(diffusion_task(folder, f"pieces{world_size()}", parallel="fsdp"), True, "")
-
-
-def in_pieces_and_nan(folder):
-    task = diffusion_task(folder, "pieces_nan", parallel="fsdp", on_nonfinite="skip")
-    loss = task.players["model"].loss
-    task.players["model"].loss = lambda step, part: (
-        loss(step, part)[0] * (math.nan if (step, part) == (1, 3) else 1),
-        {},
-    )
-    train(task, False, "")
 
 
 # --- processes ----------------------------------------------------------------------------------------------
@@ -310,7 +300,6 @@ def main(folder):
         job(f"diffusion{world}", diffusion, folder, world)
         if world == 2:
             job("in_pieces", in_pieces, folder, 2)
-            job("in_pieces_and_nan", in_pieces_and_nan, folder, 2)
             for then in (2, 1):
                 job(f"in_pieces_resumed{then}", in_pieces_resumed, folder, then)
         job(f"bfloat16_{world}", bfloat16, folder, world)

@@ -152,12 +152,6 @@ def test_a_run_in_pieces_goes_on_in_pieces_or_in_one_process(ends, folder, then)
     assert_same_run(folder / f"pieces{then}", folder / "diffusion1", 4)
 
 
-def test_a_bad_step_in_pieces_is_skipped_by_all(ends, folder):
-    succeeded(ends, "in_pieces_and_nan")
-    skipped = [row for row in log_of(folder / "pieces_nan") if "skipped" in row]
-    assert [row["step"] for row in skipped] == [2]
-
-
 def test_ranks_see_disjoint_data_that_covers_an_epoch_once_and_other_noise(ends):
     (_, a), (_, b) = ends["epoch"]
     assert len(a["seen"]) == len(b["seen"]) == 20

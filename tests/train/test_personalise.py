@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from sample.images import read_rgb
 from train import ablate, judging, personalise
 from train.__main__ import main
 from train.ablation_table import Arm, Result
+from train.emoji_names import emoji_concepts, make_slug
 from train.judging import Asked, Judge, name_of
+from train.prepare_style import HELD_OUT, TAUGHT
 
 ARMS = {
     "inversion": {
@@ -112,6 +115,26 @@ def test_the_measures_by_hand(folder: Path) -> None:
     by_hand = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=2)
     judge.size = 32  # the model's own is 64
     torch.testing.assert_close(judge._directions(own) @ judge.subject.T, by_hand)
+    assert judge.likeness(own, ()) == pytest.approx(float(by_hand.mean()))
+
+
+def test_each_thing_is_compared_with_its_own_picture(folder: Path, tmp_path: Path) -> None:
+    """With references; of all pictures those that are not held out are what was learned."""
+    split = ["train", "train", "heldout_image", "heldout_image", "heldout_image"]
+    rows = [{"file_name": f"{n}.png", "named": "a cat", "split": split[n]} for n in range(5)]
+    shutil.copytree(folder / "pictures", tmp_path / "style")
+    (tmp_path / "style" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in EVALUATE.items()}
+    asked = Asked(**settings | {"prompts": ("a {}", "one {}"), "references": ("4.png", "2.png")})
+    judge = Judge(str(folder / "model"), str(tmp_path / "style"), "dog", asked, "named")
+    judge.size, judge.zero = 32, torch.zeros(1, 1)
+    four, two = (read_rgb(tmp_path / "style" / name, 32) for name in asked.references)
+    assert judge.likeness([four, four, two, two], asked.references) == pytest.approx(1)
+    a, b = judge.extractor.look([four, two])[0]
+    crossed = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+    assert crossed < 0.999
+    assert judge.likeness([four, four, two, four], asked.references) == pytest.approx((3 + crossed) / 4)
+    assert [file.name for file in judge.files] == ["0.png", "1.png"]  # without references
 
 
 def test_table_and_rise_by_hand() -> None:
@@ -133,14 +156,15 @@ def test_the_name_in_prompts(folder: Path, tmp_path: Path, arm: str) -> None:
     assert name_of(config) == {"inversion": "<subject>"}.get(arm, "sks dog")
 
 
-def test_fidelity_only_where_a_set_is_given(
+def test_fidelity_and_the_unlearned_only_where_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Asked(**{key: tuple(v) if isinstance(v, list) else v for key, v in EVALUATE.items()})
     monkeypatch.setattr(judging, "fidelity", lambda pipe, data, questions, guidance: 0.25)
-    for data, names in (("", {"similarity", "drift"}), ("x", {"similarity", "drift", "fidelity"})):
+    all_of_them = {"similarity", "drift", "fidelity", "unlearned"}
+    for data, more, names in (("", {}, {"similarity", "drift"}), ("x", {"a {} here": "0.png"}, all_of_them)):
         out = tmp_path / (data or "none")
-        told = dataclasses.replace(asked, data=data)
+        told = dataclasses.replace(asked, data=data, unlearned=more)
         Judge(str(folder / "model"), str(folder / "pictures"), "dog", told).base(out)
         assert set(values_of(tmp_path, out.name)) == names
 
@@ -155,6 +179,10 @@ def test_fidelity_only_where_a_set_is_given(
         ({"seeds": [1, 1]}, "different numbers"),
         ({"evaluate": {**EVALUATE, "prompts": ["a dog"]}}, "has no {}"),
         ({"evaluate": {**EVALUATE, "others": []}}, "at least one prompt"),
+        ({"evaluate": {**EVALUATE, "references": ["0.png", "1.png"]}}, "2 for 1 prompts"),
+        ({"evaluate": {**EVALUATE, "references": ["9.png"]}}, "no picture"),
+        ({"evaluate": {**EVALUATE, "unlearned": {"a {}": "8.png"}}}, "no picture"),
+        ({"evaluate": {**EVALUATE, "unlearned": {"a dog": "0.png"}}}, "has no {}"),
         ({"evaluate": {**EVALUATE, "features": "clip"}}, "hed, hed:FILE"),
         ({"pictures": "/nowhere"}, "/nowhere"),
     ],
@@ -193,4 +221,28 @@ def test_the_shipped_study_is_sound() -> None:
     runs = personalise.plan(given, Path("out"))
     assert {run.config.run.steps * run.config.run.batch for run in runs} == {given.images}
     assert {Path(run.config.data.path).name for run in runs} == {"creature"}
+    # Guided pictures of the class would be learned as they are, and be guided again when it is drawn
+    assert {run.arm: run.config.prior.guidance for run in runs if run.config.prior.on} == {
+        "dreambooth-prior": 1.0,
+        "lora-prior": 1.0,
+    }
     assert len(list(Path(given.pictures).glob("*.png"))) == 5
+
+
+def test_the_study_of_a_style_is_sound() -> None:
+    """Asked for are things that `ldm-train prepare style` gives to learn, and others that it holds out; drift is
+    also of others than those that prior preservation shows."""
+    given = personalise.load_config(personalise.Study, "configs/ablations/personalise_style.yaml")
+    runs = {run.arm: run.config for run in personalise.plan(given, Path("out"))}
+    assert {run.run.steps * run.run.batch for run in runs.values()} == {given.images}
+    assert {name_of(config) for config in runs.values()} == {"twemoji emoji"}
+    pytest.importorskip("emoji")
+    slugs = {name: f"{make_slug(sequence)}.png" for sequence, name in emoji_concepts().values()}
+    asked = given.evaluate
+    learned = dict(zip(asked.prompts, asked.references, strict=True))
+    for pairs, known in ((learned.items(), TAUGHT), (asked.unlearned.items(), HELD_OUT)):
+        things = [(prompt.split(maxsplit=1)[1].removesuffix(", {}"), file) for prompt, file in pairs]
+        assert all(thing in known and slugs[thing] == file for thing, file in things)
+    shown = {prompt.replace("{}", given.noun) for prompt in given.evaluate.class_prompts}
+    for arm in ("dreambooth-prior", "lora-prior"):
+        assert shown & set(runs[arm].prior.prompts) and shown - set(runs[arm].prior.prompts)

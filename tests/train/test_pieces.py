@@ -11,6 +11,7 @@ import piece_ranks
 import pytest
 import torch
 from test_distributed import ENVIRONMENT, assert_same_run, state_of, succeeded
+from tiny_task import log_of
 from torch import nn
 
 from ldm.weights.io import read_header
@@ -81,6 +82,16 @@ def test_any_number_of_processes_goes_on_from_either_kind(ends, folder, name):
     assert_same_run(folder / name, folder / "plain")
     last = folder / name / "states" / "step-00000012"
     assert last.is_dir() == (name in ("two", "from_plain"))
+
+
+def test_a_bad_step_in_pieces_is_skipped_by_all(ends, folder):
+    """Though one rank alone meets it."""
+    succeeded(ends, "bad1")
+    succeeded(ends, "bad2")
+    skipped = [[row for row in log_of(folder / f"bad{world}") if "skipped" in row] for world in (1, 2)]
+    assert skipped[0] == skipped[1]
+    assert [row["step"] for row in skipped[0]] == [7]
+    assert_same_run(folder / "bad2", folder / "bad1")
 
 
 def damage_shard(path):
