@@ -118,7 +118,13 @@ def test_a_notebook_as_a_page(site: Any, tmp_path: Path) -> None:
         {
             "cell_type": "code",
             "source": ["x = 1\n", "x"],
-            "outputs": [{"text": ["one\n"]}, {"data": {"image/png": picture, "text/plain": "figure"}}],
+            "outputs": [
+                {"text": ["one\n"]},
+                {"data": {"image/png": picture, "text/plain": "figure"}},
+                {"data": {"image/svg+xml": ["<svg>", "</svg>"], "text/plain": "figure"}},
+                {"data": {"text/markdown": ["| a |\n", "|---|"], "text/plain": "table"}},
+                {"data": {"text/plain": ["1"]}},
+            ],
         },
         {"cell_type": "markdown", "source": "<details>\n<summary>Solution</summary>\n\n$x$\n</details>"},
         {
@@ -129,13 +135,16 @@ def test_a_notebook_as_a_page(site: Any, tmp_path: Path) -> None:
     path = tmp_path / "90_small.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     text, pictures = site("books").rendered(path)
-    assert pictures == {"notebooks/90_small/1.png": b"PNG"}
+    assert pictures == {"notebooks/90_small/1.png": b"PNG", "notebooks/90_small/2.svg": b"<svg></svg>"}
     assert text.split("\n\n") == [
         "# Title\nYou can",
         "- add, see [2](02_noise.md#a).",
         "```python\nx = 1\nx\n```",
         "```text\none\n```",
         "![output](90_small/1.png)",
+        "![output](90_small/2.svg)",
+        "| a |\n|---|",
+        "```text\n1\n```",
         '<details markdown="1">\n<summary>Solution</summary>',
         "$x$\n</details>",
         "- [`ldm/diffusion/schedule.py`][ldm.diffusion.schedule]: [`Schedule`][ldm.diffusion.schedule.Schedule], "

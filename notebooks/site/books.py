@@ -5,7 +5,6 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import sources
 from latex2mathml.converter import convert
@@ -15,6 +14,7 @@ NOTEBOOK = re.compile(r"(\]\([\w/.]*\d\d_\w+)\.ipynb")
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LIST = re.compile(r"^((?!-|\d+\.| ).+)\n(?=- |1\. )", re.MULTILINE)
 PLACES = re.compile(r"^- `((?:ldm|sample|train)/[\w/]+\.py)`: .*$", re.MULTILINE)
+PICTURES = {"image/png": (".png", base64.b64decode), "image/svg+xml": (".svg", str.encode)}
 TEX = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -65,19 +65,19 @@ def rendered(path: Path) -> tuple[str, dict[str, bytes]]:
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:
-            data = output.get("data", {})
-            if "image/png" in data:
-                name = f"{path.stem}/{len(pictures) + 1}.png"
-                pictures[f"notebooks/{name}"] = base64.b64decode("".join(data["image/png"]))
+            data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            picture = next((kind for kind in PICTURES if kind in data), None)
+            if picture:
+                suffix, decode = PICTURES[picture]
+                name = f"{path.stem}/{len(pictures) + 1}{suffix}"
+                pictures[f"notebooks/{name}"] = decode(data[picture])
                 parts.append(f"![output]({name})")
+            elif "text/markdown" in data:
+                parts.append(to_pages(data["text/markdown"]))
             else:
-                parts.append(f"```text\n{told(output)}\n```")
+                text = "".join(output.get("text", "")) or data["text/plain"]
+                parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n", pictures
-
-
-def told(output: dict[str, Any]) -> str:
-    """An output's text."""
-    return "".join(output.get("text") or output["data"]["text/plain"]).rstrip()
 
 
 def with_mathml(page: str) -> str:

@@ -60,7 +60,7 @@ def test_shapes_follow_the_prompt(emoji: Pipeline) -> None:
     known = torch.stack([to_tensor(picture) for _, picture in rendered])
     places = {name: i for i, (name, _) in enumerate(rendered)}
     images = emoji.txt2img(
-        [caption(name, "openmoji") for name in ASKED], seed=0, steps=25, guidance=4.0, batch=10
+        [caption(name, "openmoji") for name in ASKED], seed=0, steps=12, guidance=4.0, batch=10
     )
     distance = distances(thumbnails(images), thumbnails(known))
     right = torch.zeros(distance.shape, dtype=torch.bool)
