@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# Files that take half a minute and more, in the order in which two processes begin with them
+# The longest files, in the order in which two processes begin with them
 LONG = (
     "test_notebooks.py",
     "train/test_distributed.py",
     "test_benchmarks.py",
+    "train/test_plan.py",
     "sample/test_shipped.py",
     "train/test_pieces.py",
     "sample/test_several_processes.py",

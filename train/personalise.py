@@ -9,6 +9,7 @@ stopped goes on where it was.
 import argparse
 import shlex
 import sys
+import textwrap
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,9 @@ other known captions that show them. drift: 1 - cosine between pictures of the c
 of the base and of the trained model. parameters: those that are trained. s: wall clock of all steps, by the
 median speed of the log. file: what is written for sampling."""
 
-LEARNED = "the pictures\nthat were learned"
-PAIRED = "the\nlearned picture of the same thing"
-UNLEARNED = """\
- unlearned: the same of things of which no picture was learned, with
-their pictures in the same style."""
+LEARNED = "the pictures that were learned"
+PAIRED = "the learned picture of the same thing"
+UNLEARNED = " unlearned: the same of things of which no picture was learned, with theirs in the same style."
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def report(study: Study, runs: list[Run], out: Path, features: str, name: str, c
     title = f"Ways to personalise: {name}"
     table = markdown(base, arms, file_sizes(study, runs))
     meaning = MEANING.format(likeness=PAIRED if study.evaluate.references else LEARNED)
-    meaning += UNLEARNED if study.evaluate.unlearned else ""
+    meaning = textwrap.fill(meaning + (UNLEARNED if study.evaluate.unlearned else ""), 110)
     page = f"# {title}\n\n`{command}`\n\n{table}\n{meaning} Features: {features}.\n\n![figure](figure.svg)\n"
     write_atomically(out / "table.md", page)
     rows = [

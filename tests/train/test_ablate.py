@@ -445,7 +445,7 @@ def test_a_table_of_nothing(shapes, tmp_path, capsys):
 
 # --- shipped studies ----------------------------------------------------------------------------------------
 
-OTHERS = {"configs/ablations/personalise.yaml"}  # of another command
+OTHERS = {f"configs/ablations/personalise{end}.yaml" for end in ("", "_style")}  # of another command
 STUDIES = [name for name in shipped_names() if name.startswith("configs/ablations/") and name not in OTHERS]
 
 
