@@ -81,7 +81,7 @@ def known(value: object) -> Hashable | None:
     """The kind of a value, or none."""
     try:
         return kind(value)
-    except Unknown:
+    except (Unknown, RecursionError):  # the latter of a list that holds itself
         return None
 
 
@@ -113,7 +113,7 @@ def once(function: Callable[..., Any], typechecker: object) -> Callable[..., Any
     def checked(*args: Any, **options: Any) -> Any:
         try:
             call = (*map(kind, args), *((name, kind(value)) for name, value in options.items()))
-        except Unknown:
+        except (Unknown, RecursionError):
             return in_full(*args, **options)
         new = call not in passed
         result = in_full(*args, **options) if new else function(*args, **options)

@@ -104,6 +104,21 @@ def test_what_passed_is_computed_again_and_not_checked_again(monkeypatch: pytest
     assert function.__name__ == "count" and function.__annotations__ == count.__annotations__
 
 
+def test_what_holds_itself() -> None:
+    """Checked in full at each call, as it goes in and out."""
+
+    def same(values: list[object]) -> list[object]:
+        return values
+
+    ring: list[object] = []
+    ring.append(ring)
+    made = checked.jaxtyped(same, typechecker=beartype)
+    assert made(ring) is ring
+    assert made(ring) is ring
+    with pytest.raises(TypeCheckError):
+        made(tuple(ring))
+
+
 def test_functions_within_functions_share_what_passed() -> None:
     def make(shift: int) -> Callable[..., Any]:
         def add(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
