@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -159,10 +160,13 @@ class Clock:
 def in_fresh_process(module: str, function: str, **arguments: Any) -> Any:
     """`module.function(**arguments)` in a Python of its own; arguments and result are JSON-ready.
 
-    Raises ValueError with the last line of its stderr where that fails.
+    Raises ValueError with the last line of its stderr where that fails, or with the signal that ended it.
     """
     command = [sys.executable, "-m", "benchmarks.common", module, function, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode < 0:  # the last line is of something else then; the system kills for want of memory
+        name = signal.Signals(-done.returncode).name
+        raise ValueError(f"{function} in a process of its own was ended by {name}: too little memory?")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise ValueError(f"{function} in a process of its own: {last}")

@@ -313,3 +313,7 @@ def test_bad_input_is_one_line(
 def test_a_failure_in_a_fresh_process_is_told() -> None:
     with pytest.raises(ValueError, match="memory in a process of its own: .*Case"):
         common.in_fresh_process("benchmarks.unet", "memory", side="ours", case=["call"], threads=1)
+    with pytest.raises(
+        ValueError, match="abort in a process of its own was ended by SIGABRT: too little memory"
+    ):
+        common.in_fresh_process("os", "abort")
