@@ -2,7 +2,7 @@
 
     python -m benchmarks.training                 13 M parameters, batches of 64 latents of 16x16
     python -m benchmarks.training --compile       with run.compile=true, and diffusers' UNet compiled
-    python -m benchmarks.training --size sd15     Stable Diffusion 1.5's UNet, each side alone; 24 GiB are too few
+    python -m benchmarks.training --size sd15     Stable Diffusion 1.5's UNet, each side alone; not in 24 GiB
 
 Ours is a step of train/loop.py (`move` and the moving average) on a DiffusionTask: from moments of the
 autoencoder on disk to new weights. Theirs, written here anew, are the steps of diffusers' text-to-image
