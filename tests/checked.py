@@ -1,8 +1,7 @@
 """Types and shapes of each call are checked, but of calls that a check cannot tell apart only the first.
 
-The hook of `conftest.py` puts `jaxtyping.jaxtyped` around every function of the packages. It needs a tenth of a
-millisecond a call, as long as a small layer needs to compute: half of the time of these tests, had it to be done
-for each of the equal steps of a sampler. Whether a call passes depends on the types of what goes in and out, and
+The hook of `conftest.py` puts `jaxtyping.jaxtyped` around every function of the packages. A check takes about as
+long as a small layer needs to compute, and nothing is learned from it at each of the equal steps of a sampler. Whether a call passes depends on the types of what goes in and out, and
 of tensors on formats and shapes, also of those in lists and dictionaries: `kind`. What passed once passes again.
 """
 

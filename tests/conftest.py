@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Takes what the libraries hold out of the collector's rounds, which else take a tenth of the time."""
+    """Takes what the libraries hold out of the collector's rounds."""
     gc.collect()
     gc.freeze()
 

@@ -108,7 +108,6 @@ print(json.dumps(found))
 def test_a_compiled_run_equals_a_plain_one(backend, ways, tmp_path):
     """Three steps go where a plain run's go, to 1e-3 of their way (found: 3e-7 to 8e-5): Adam makes steps of
     what is rounded in gradients that are zero. Without dropout, which would be drawn otherwise."""
-    pytest.importorskip("numpy")
     path = os.pathsep.join(str(each) for each in (ROOT, ROOT / "tests", ROOT / "tests" / "train"))
     environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
