@@ -8,10 +8,10 @@ that it does not ask which. Rows are numbers of pictures in the whole set, as ca
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 from jaxtyping import Int64
@@ -23,12 +23,13 @@ from ldm.models.autoencoder import Autoencoder
 from ldm.seeding import generator
 from train.buckets import Shape, assign, bucket_shapes, describe, kept, nearest, upright_size
 from train.cache import cached_moments
-from train.columns import load_masks
+from train.columns import picture_column, read_masks
 from train.data import DataConfig, ImageFolder, Images, batch_indices, load_images
 from train.entries import Entry
 from train.reading import Reader, to_pixels
 
 PREVIEWED = 3  # shapes
+T = TypeVar("T")
 
 
 class Ragged:
@@ -238,13 +239,21 @@ def moments(
 
 
 def masks(config: DataConfig, files: list[str], pixels: Tensor | Ragged, factor: int) -> Tensor | Ragged:
-    """`columns.load_masks` of `files`, each cut as its picture in `pixels` is."""
+    """`columns.read_masks` of column "mask" of `files`, each cut as its picture in `pixels` is."""
+    entries = picture_column(config, "mask", files)
+    return beside(entries, pixels, lambda some, shape: read_masks(some, factor, shape))
+
+
+def beside(
+    entries: list[T], pixels: Tensor | Ragged, read: Callable[[list[T], Shape], Tensor]
+) -> Tensor | Ragged:
+    """What is read for each picture, in the shape (W, H) that it has in `pixels`."""
     if isinstance(pixels, Tensor):
-        return load_masks(config, files, factor)
-    parts = []
-    for rows, part in zip(pixels.members, pixels.parts, strict=True):
-        shape = (part.shape[3], part.shape[2])
-        parts.append(load_masks(config, [files[row] for row in rows.tolist()], factor, shape))
+        return read(entries, (pixels.shape[3], pixels.shape[2]))
+    parts = [
+        read([entries[row] for row in rows.tolist()], (part.shape[3], part.shape[2]))
+        for rows, part in zip(pixels.members, pixels.parts, strict=True)
+    ]
     return Ragged(parts, pixels.which)
 
 

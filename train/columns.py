@@ -3,6 +3,7 @@
 a table, members of a shard's sample (`shards.py`, `tables.py`); read for the pictures that `data.py` kept.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def place_of(config: DataConfig) -> str:
     return str(Path(config.path).expanduser() / METADATA)
 
 
-def read_column(config: DataConfig, column: str, files: list[str]) -> list[Any]:
-    """What the set says in `column` of each of `files` (names as `ImageFolder.files`), None where nothing.
+def read_column(config: DataConfig, column: str, files: list[str]) -> tuple[Path, list[Any]]:
+    """The set's root, and what the set says in `column` of each of `files` (names as `ImageFolder.files`),
+    None where nothing. The set is listed anew: ask once for all files.
 
     Raises ValueError for a folder without metadata.jsonl, where no picture has that column, and where two
     rows of one picture differ in it.
@@ -45,7 +47,7 @@ def read_column(config: DataConfig, column: str, files: list[str]) -> list[Any]:
             raise ValueError(f"{place}: two rows of {file} differ in {column!r}")
     if not values:
         raise ValueError(f"{place}: no row has a column {column!r}")
-    return [values.get(file) for file in files]
+    return listing.root, [values.get(file) for file in files]
 
 
 def picture_column(config: DataConfig, column: str, files: list[str]) -> list[Entry | None]:
@@ -54,8 +56,8 @@ def picture_column(config: DataConfig, column: str, files: list[str]) -> list[En
     Raises ValueError for a name that leads out of the folder, and as `read_column`.
     """
     entries: list[Entry | None] = []
-    root = Path(config.path.removeprefix(TABLE)).expanduser()
-    for file, value in zip(files, read_column(config, column, files), strict=True):
+    root, values = read_column(config, column, files)
+    for file, value in zip(files, values, strict=True):
         if value is None:
             entries.append(None)
         elif isinstance(value, Stored):
@@ -67,27 +69,24 @@ def picture_column(config: DataConfig, column: str, files: list[str]) -> list[En
     return entries
 
 
-def load_masks(
-    config: DataConfig, files: list[str], factor: int, shape: Shape | None = None
-) -> Float32[Tensor, "N 1 h w"]:
+def read_masks(masks: Sequence[Entry | None], factor: int, shape: Shape) -> Float32[Tensor, "N 1 h w"]:
     """Weights in [0, 1] of the latents' places: the mask's mean over the `factor` x `factor` pixels of each.
 
-    A mask is a picture, white where its picture counts, of its picture's proportions (it is cut and resized
-    as the picture is: to a square, or to `shape`). A picture without one counts everywhere. Raises ValueError
-    for a mask that cannot be read, and as `picture_column`.
+    A mask is a picture, white where its picture counts, of its picture's proportions: it is cut and resized
+    to `shape` (W, H) as that is. None counts everywhere. Raises ValueError for one that cannot be read.
     """
-    width, height = shape or (config.size, config.size)
-    masks = torch.ones(len(files), 1, height // factor, width // factor)
-    for index, entry in enumerate(picture_column(config, "mask", files)):
+    width, height = shape
+    weights = torch.ones(len(masks), 1, height // factor, width // factor)
+    for index, entry in enumerate(masks):
         if entry is not None:
-            pixels = torch.from_numpy(read_picture(entry, (width, height))).float() / 255  # (H, W, 3)
-            masks[index, 0] = reduce(pixels, "(h f) (w g) c -> h w", "mean", f=factor, g=factor)
-    return masks
+            pixels = torch.from_numpy(read_picture(entry, shape)).float() / 255  # (H, W, 3)
+            weights[index, 0] = reduce(pixels, "(h f) (w g) c -> h w", "mean", f=factor, g=factor)
+    return weights
 
 
 def load_labels(config: DataConfig, files: list[str], classes: int) -> list[int]:
     """Classes of the pictures. Raises ValueError where one is not in 0..classes-1, and as `read_column`."""
-    labels = read_column(config, "label", files)
+    _, labels = read_column(config, "label", files)
     for file, label in zip(files, labels, strict=True):
         if type(label) is not int or not 0 <= label < classes:
             told = "no label" if label is None else f"label {label!r:.60}"

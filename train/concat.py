@@ -40,7 +40,7 @@ from sample.images import to_pil, to_tensor
 from sample.model import reads_text
 from sample.pipeline import Pipeline
 from sample.start import Start
-from train.bucketed import Ragged, in_parts, moments
+from train.bucketed import Ragged, beside, in_parts, moments
 from train.buckets import Shape
 from train.columns import picture_column, place_of
 from train.data import DataConfig, to_float
@@ -132,15 +132,7 @@ class Concat:
         """
         if self.config.kind != "edit":
             return pixels
-        sources: Tensor | Ragged
-        if isinstance(pixels, Tensor):
-            sources = load_sources(data, files, (pixels.shape[3], pixels.shape[2]))
-        else:
-            parts = []
-            for rows, part in zip(pixels.members, pixels.parts, strict=True):
-                shape = (part.shape[3], part.shape[2])
-                parts.append(load_sources(data, [files[row] for row in rows.tolist()], shape))
-            sources = Ragged(parts, pixels.which)
+        sources = beside(source_entries(data, files), pixels, read_sources)
         return moments(cache, f"{name}-source", sources, self.autoencoder)[0]
 
     @torch.no_grad()
@@ -193,9 +185,9 @@ def source_entries(data: DataConfig, files: list[str]) -> list[Entry]:
     return entries
 
 
-def load_sources(data: DataConfig, files: list[str], shape: Shape) -> UInt8[Tensor, "N 3 H W"]:
-    """The pictures of column "source" of `files`, cut and resized to `shape` (W, H) as these are."""
-    pictures = [read_picture(entry, shape) for entry in source_entries(data, files)]
+def read_sources(sources: list[Entry], shape: Shape) -> UInt8[Tensor, "N 3 H W"]:
+    """Pictures cut and resized to `shape` (W, H), as those are that they were edited to."""
+    pictures = [read_picture(entry, shape) for entry in sources]
     return to_pixels(pictures) if pictures else torch.zeros(0, 3, shape[1], shape[0], dtype=torch.uint8)
 
 

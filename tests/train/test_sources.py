@@ -18,8 +18,8 @@ from PIL import Image
 from ldm.models.autoencoder import AutoencoderConfig, make_autoencoder
 from ldm.weights.io import save_weights
 from train.cache import cached_moments, fingerprint
-from train.columns import load_labels, load_masks
-from train.concat import load_sources
+from train.columns import load_labels, picture_column, read_masks
+from train.concat import read_sources, source_entries
 from train.data import DataConfig, ImageFolder, load_images
 from train.reading import Ahead, Reader, images_per_second
 from train.shards import expand, names_shards
@@ -545,6 +545,14 @@ class TestStreaming:
         require_whole(images.pixels)  # of a file that is no more
 
 
+def load_masks(config, files, factor):
+    return read_masks(picture_column(config, "mask", files), factor, (config.size, config.size))
+
+
+def load_sources(config, files):
+    return read_sources(source_entries(config, files), (config.size, config.size))
+
+
 class TestOtherColumns:
     """Labels, masks and sources: of shards and of tables as of a folder of the same pictures."""
 
@@ -568,14 +576,14 @@ class TestOtherColumns:
         ours = [f"{number}.png" for number in range(4)]
         assert torch.equal(load_masks(other, names, 2), load_masks(folder, ours, 2))
         assert load_masks(other, names, 2).min() < 0.9  # none of the four counts everywhere
-        assert torch.equal(load_sources(other, names[1:], (8, 8)), load_sources(folder, ours[1:], (8, 8)))
+        assert torch.equal(load_sources(other, names[1:]), load_sources(folder, ours[1:]))
         kept = [0, 1, 3]
         assert load_labels(other, [names[n] for n in kept], 3) == [2, 0, 1]
         for file in (names[2], ours[2]):
             with pytest.raises(ValueError, match=r"2.* has no label, a whole number in 0..2 is needed"):
                 load_labels(folder if file == ours[2] else other, [file], 3)
         with pytest.raises(ValueError, match=r"0.* has no source, the picture that it is an edit of"):
-            load_sources(other, names, (8, 8))
+            load_sources(other, names)
 
     def test_shards(self, tmp_path):
         self.folder(tmp_path)

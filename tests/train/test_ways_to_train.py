@@ -14,7 +14,7 @@ from ldm.config import load_config
 from ldm.weights.io import load_weights
 from sample.__main__ import main as sample
 from train.__main__ import main as train
-from train.columns import load_labels, load_masks
+from train.columns import load_labels, picture_column, read_masks
 from train.data import DataConfig, batch_indices
 from train.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 
@@ -91,6 +91,10 @@ def test_labels_are_the_classes_and_dropped_ones_the_null_class(made, tmp_path):
     order = batch_indices(8, 8, 0, 0)
     assert seen == [(order % 3).tolist(), [3] * 8]
     assert task.data.ids.tolist() == [number % 3 for number in range(8)]  # the set itself is not changed
+
+
+def load_masks(config, files, factor):
+    return read_masks(picture_column(config, "mask", files), factor, (config.size, config.size))
 
 
 def test_masks_are_averaged_over_the_places_of_the_latents(made):
